@@ -1,0 +1,213 @@
+"""Models on disk: a safetensors file whose header holds the description, or a directory around one.
+
+Nothing here unpickles; `meditok convert` turns published checkpoints into this form.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..errors import BadInputError, MissingPartError, UnsafeFileError, UsageError
+from .config import TokenizerConfig, preset
+from .precision import check_precision
+from .tokenizer import Tokenizer
+
+FORMAT = 1
+WEIGHTS_FILE, CONFIG_FILE, PROCESSOR_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
+MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit, checked here before anything is allocated
+_PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
+
+
+def build(name: str = "vitamin-large", *, seed: int | None = None, **changes) -> Tokenizer:
+    """A preset with random weights, in eval mode on the CPU; `changes` replace fields of its TokenizerConfig.
+
+    With `seed` the weights are the same every time and the caller's random state is left alone.
+    """
+    config = preset(name, **changes)
+    if seed is None:
+        return Tokenizer(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Tokenizer(config).eval()
+
+
+def load(name: str | os.PathLike = "tiny", *, device: str | torch.device = "auto", precision: str = "fp32") -> Tokenizer:
+    """A tokenizer in eval mode.
+
+    name: a bundled preset ("tiny"), a directory written by save_pretrained, a .safetensors file, or
+    "hf://org/name@revision" (extra `hub`). device "auto" takes a GPU where there is one.
+    MissingPartError: not there, or the device lacks the precision; UnsafeFileError: a pickle, or a header that claims
+    more than the file holds; BadInputError: damaged, or weights that do not fit the description.
+    """
+    target = pick_device(device)
+    check_precision(precision, target)
+    model = read_model(_find(str(name)))
+    model.precision = precision
+    return model.to(target).eval()
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """torch.device of "auto", "cpu", "cuda", "cuda:1", ...; MissingPartError where it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r}: unknown; use auto, cpu, cuda or cuda:N") from None
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise MissingPartError(f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return target
+
+
+def from_pretrained(name, *, revision: str | None = None, local_files_only: bool = False, device="auto") -> Tokenizer:
+    """See Tokenizer.from_pretrained."""
+    if Path(name).exists():
+        return load(name, device=device)
+    return read_model(_download(str(name), revision, local_files_only)).to(pick_device(device)).eval()
+
+
+def _find(name: str) -> Path:
+    """Path of the safetensors file that `name` stands for."""
+    if name.startswith("hf://"):
+        repository, _, revision = name.removeprefix("hf://").partition("@")
+        return _download(repository, revision or None, local_files_only=False)
+    bundled = resources.files("meditok") / "weights" / name / WEIGHTS_FILE
+    if "/" not in name and bundled.is_file():
+        return Path(str(bundled))
+    path = Path(name)
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    if path.is_file():
+        return path
+    have = ", ".join(sorted(p.name for p in (resources.files("meditok") / "weights").iterdir()))
+    raise MissingPartError(f"model {name!r}: neither a bundled model ({have}) nor a directory with {WEIGHTS_FILE} nor a "
+                           ".safetensors file; published checkpoints come in through `meditok convert`")
+
+
+def _download(repository: str, revision: str | None, local_files_only: bool) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise MissingPartError(f"model hf://{repository}: needs huggingface_hub; pip install 'meditok[hub]'") from None
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, local_files_only=local_files_only))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise MissingPartError(f"model hf://{repository}: {WEIGHTS_FILE} could not be fetched ({reason}); "
+                               "check name, revision and network, or give a local directory") from None
+
+
+def read_model(path: Path) -> Tokenizer:
+    """The tokenizer stored in a safetensors file, on the CPU, float32. Errors as in load."""
+    check_safetensors(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = (file.metadata() or {}).get("meditok")
+            if description is None:
+                raise BadInputError(f"{path}: no meditok description in its header; make it with `meditok convert` or "
+                                    "save_pretrained")
+            config = parse_description(description, path)
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise BadInputError(f"{path}: damaged safetensors file ({error}); copy or convert it again") from None
+    return model_from_state(config, state, str(path))
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse pickles and headers that claim more than the file holds, before anything is read or allocated."""
+    if path.suffix.lower() in _PICKLES:
+        raise UnsafeFileError(f"{path}: pickled checkpoints may run code and are not loaded; "
+                              f"run `meditok convert {path.name} {path.stem}.safetensors` first")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if size < 8 or header > min(size - 8, MAX_HEADER_BYTES):
+        raise UnsafeFileError(f"{path}: header of {header} bytes claimed in a file of {size}; not a whole safetensors file, "
+                              "copy it again, or run `meditok convert` on the original")
+
+
+def parse_description(text: str, path) -> TokenizerConfig:
+    """The config in a header's description; BadInputError for another format version."""
+    try:
+        values = json.loads(text)
+        version, config = values["format"], values["config"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInputError(f"{path}: unreadable meditok description in its header; convert it again") from None
+    if version != FORMAT:
+        raise BadInputError(f"{path}: format {version}, this meditok reads format {FORMAT}; upgrade meditok or convert again")
+    return TokenizerConfig.from_dict(config)
+
+
+def model_from_state(config: TokenizerConfig, state: dict[str, torch.Tensor], where: str) -> Tokenizer:
+    """A tokenizer holding exactly `state`; BadInputError lists what is missing, unexpected or of another shape."""
+    with torch.device("meta"):
+        model = Tokenizer(config)
+    model = model.to_empty(device="cpu")
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [f"{key} is {tuple(state[key].shape)} instead of {tuple(shape)}"
+                 for key, shape in expected.items() if key in state and state[key].shape != shape]
+    if problems:
+        raise BadInputError(f"{where}: weights do not fit {config.name}: " + abridged(problems))
+    model.load_state_dict(state)
+    return model
+
+
+def abridged(lines: Iterable[str], limit: int = 8) -> str:
+    """At most `limit` entries in one line, and how many more there are."""
+    lines = list(lines)
+    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + more
+
+
+def write_model(model: Tokenizer, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
+    """Write weights and description to a safetensors file, atomically; dtype float32, or float16 for half the bytes."""
+    description = json.dumps({"format": FORMAT, "config": model.config.to_dict()}, sort_keys=True)
+    state = {key: value.detach().cpu().to(dtype).contiguous().clone() for key, value in model.state_dict().items()}
+    return write_atomic(path, save(state, metadata={"meditok": description, "format": "pt"}))
+
+
+def write_atomic(path: str | os.PathLike, content: bytes) -> Path:
+    """Write a file so that it is either whole or not there: temporary name, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would keep a shared model to its writer
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def save_pretrained(model: Tokenizer, directory: str | os.PathLike) -> None:
+    """See Tokenizer.save_pretrained."""
+    directory = Path(directory)
+    config = model.config
+    write_model(model, directory / WEIGHTS_FILE)
+    card = (f"---\nlicence: {config.licence}\ntags: [meditok, medical-imaging, tokenizer]\n---\n# {config.name}\n\n"
+            f"A MedITok tokenizer: {config.num_codebooks} codebooks of {config.codebook_size} codes, "
+            f"{config.image_size} px. {config.intended_use}.\n\nLoad it with `meditok.load(\"{directory.name}\")`.\n"
+            f"Model hash {model.hash}, codebook hash {model.codebook_hash}.\n")
+    for name, content in ((CONFIG_FILE, config.to_dict()), (PROCESSOR_FILE, model.processor.to_dict()), ("README.md", card)):
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        write_atomic(directory / name, text.encode())
