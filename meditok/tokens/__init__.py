@@ -1,0 +1,6 @@
+"""Token files: ids with everything needed to decode and place them (Parquet, format 1)."""
+
+from .schema import FORMAT, Description, TokenInfo
+from .tokens import Tokens
+
+__all__ = ["FORMAT", "Description", "TokenInfo", "Tokens"]
