@@ -1,0 +1,141 @@
+"""The one loader of the compiled core `meditok._core`, and what it can do on this machine.
+
+Importing this module never fails because the core is missing, broken or stale: one warning names the reason and
+the PyTorch reference runs instead. Two environment variables, read once here, force a choice and do raise:
+`MEDITOK_BACKEND` (auto, native, triton, reference) and `MEDITOK_ISA` (scalar, avx2, avx512, avx512vnni, neon).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+INTERFACE = 1  # number of the entry points' signatures; a core built from other sources is not called
+BACKENDS = ("auto", "native", "triton", "reference")
+LEVELS = ("scalar", "avx2", "avx512", "avx512vnni", "neon")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled core and "", or None and why it cannot be used."""
+    try:
+        from meditok import _core
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
+            return None, "meditok._core is not built (a wheel made with MEDITOK_NATIVE=OFF, or a bare source tree)"
+        return None, f"meditok._core does not load: {error}"
+    found = _core.build_info()["interface"]
+    if found != INTERFACE:
+        return None, f"meditok._core has interface {found}, this Python code needs {INTERFACE}; build it again"
+    return _core, ""
+
+
+def _choose() -> tuple[ModuleType | None, str, str, str | None]:
+    """(core, why not, backend, isa) after the environment's wishes."""
+    wish = os.environ.get("MEDITOK_BACKEND", "auto") or "auto"
+    level = os.environ.get("MEDITOK_ISA", "")
+    if wish not in BACKENDS:
+        raise ImportError(f"MEDITOK_BACKEND={wish} is not one of {', '.join(BACKENDS)}")
+    if level and level not in LEVELS:
+        raise ImportError(f"MEDITOK_ISA={level} is not one of {', '.join(LEVELS)}")
+    if wish == "triton":
+        raise ImportError("MEDITOK_BACKEND=triton: this version has no Triton kernels; use native or reference")
+    core, why = _load()
+    if wish == "native" and core is None:
+        raise ImportError(f"MEDITOK_BACKEND=native, but {why}")
+    isa = None
+    if core is not None:
+        try:
+            isa = core.choose_isa(level)
+        except ValueError as error:
+            raise ImportError(f"MEDITOK_ISA={level}: {error}") from None
+    if wish == "reference":
+        return core, "MEDITOK_BACKEND=reference", "reference", None
+    if core is None:
+        warnings.warn(f"{why}; meditok uses its slower PyTorch reference", RuntimeWarning, stacklevel=2)
+        return None, why, "reference", None
+    return core, "", "native", isa
+
+
+core, why, backend, isa = _choose()
+
+
+def threads() -> int:
+    """Threads a CPU kernel may use in a call made now: torch's own setting."""
+    return torch.get_num_threads()
+
+
+@functools.cache
+def cuda_problem() -> str:
+    """"" when the compiled CUDA kernels can run here, else the reason, naming what was found and what is needed."""
+    if backend != "native" or core is None:
+        return why
+    info = core.cuda_info()
+    if not info["compiled"]:
+        return "meditok._core was built without CUDA"
+    if info["driver"] < info["driver_needed"]:
+        found = _cuda_version(info["driver"]) if info["driver"] else "no driver"
+        return f"the NVIDIA driver supports CUDA up to {found}, the kernels need {_cuda_version(info['driver_needed'])}"
+    return ""
+
+
+@functools.cache
+def cuda_usable(device: int) -> bool:
+    """Whether the CUDA kernels run on this device; warns once with the reason when they do not."""
+    problem = cuda_problem()
+    if not problem:
+        found, needed = core.cuda_capability(device), core.cuda_info()["capability_needed"]
+        if found < needed:
+            problem = f"device {device} has compute capability {found / 10}, the kernels need {needed / 10}"
+    if problem and backend == "native":
+        warnings.warn(f"{problem}; meditok uses its PyTorch reference on CUDA", RuntimeWarning, stacklevel=3)
+    return not problem
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@contextmanager
+def count_calls() -> Iterator[dict[str, int]]:
+    """Counts the calls of every native entry inside the block: `with count_calls() as calls: ...; calls["vq_assign"]`."""
+    before = core.call_counts() if core is not None else {}
+    calls: dict[str, int] = {}
+    try:
+        yield calls
+    finally:
+        after = core.call_counts() if core is not None else {}
+        calls.update({name: count - before.get(name, 0) for name, count in after.items()})
+
+
+def report() -> dict[str, Any]:
+    """Everything `meditok doctor` tells about the kernels; plain values, ready for JSON."""
+    build = core.build_info() if core is not None else {}
+    cuda = core.cuda_info() if core is not None else {"compiled": False, "architectures": "", "driver": 0, "driver_needed": 0}
+    problem = cuda_problem()
+    return {
+        "native": backend == "native",
+        "why": why,
+        "backend": backend,
+        "isa": {
+            "compiled": list(build.get("isa_compiled", [])),
+            "detected": list(build.get("isa_detected", [])),
+            "chosen": isa,
+        },
+        "cuda": {
+            "compiled": bool(cuda["compiled"]),
+            "architectures": [name for name in cuda["architectures"].split(";") if name],
+            "driver_found": _cuda_version(cuda["driver"]) if cuda["driver"] else None,
+            "driver_needed": _cuda_version(cuda["driver_needed"]) if cuda["driver_needed"] else None,
+            "usable": not problem,
+            "why": problem,
+        },
+        "threads": threads(),
+        "build": {name: value for name, value in build.items() if not name.startswith("isa_")},
+    }

@@ -1,0 +1,92 @@
+"""What every op file shares: the torch library, the core's dtype codes, and the checks."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meditok.errors import DtypeError, ShapeError, TokenRangeError
+
+library = torch.library.Library("meditok", "FRAGMENT")
+
+METRICS = {"cosine": 0, "l2": 1}
+FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # csrc/common/dtype.h
+FLOAT_NAMES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
+
+
+def kind_of(*arrays: Any) -> str:
+    """"torch", "numpy" or "cupy"; arrays of different kinds, or of none of them, are a TypeError. None is skipped."""
+    kinds = {_kind(array) for array in arrays if array is not None}
+    if len(kinds) != 1:
+        raise TypeError(f"arrays of one kind are needed, but {' and '.join(sorted(kinds))} were given; convert one of them")
+    return kinds.pop()
+
+
+def _kind(array: Any) -> str:
+    if isinstance(array, Tensor):
+        return "torch"
+    if isinstance(array, np.ndarray):
+        return "numpy"
+    if type(array).__module__.partition(".")[0] == "cupy":
+        return "cupy"
+    raise TypeError(f"a torch, numpy or cupy array is needed, but a {type(array).__name__} was given")
+
+
+def check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r} is not one of 'cosine', 'l2'")
+
+
+def check_float(name: str, array: Any) -> None:
+    if str(array.dtype).removeprefix("torch.") not in FLOAT_NAMES:
+        raise DtypeError(f"{name} has dtype {array.dtype}; float32, float16, bfloat16 or float64 is needed")
+
+
+def check_rank(name: str, array: Any, axes: str) -> None:
+    """axes: the expected shape in words, e.g. "(N, G, C)"."""
+    if array.ndim != axes.count(",") + 1:
+        raise ShapeError(f"{name} has shape {tuple(array.shape)}; {axes} is needed")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        named = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ShapeError(f"tensors on one device are needed, but {named} were given; move them together")
+
+
+def check_ids(ids: Any, codes: int) -> None:
+    """Every id in 0..codes - 1, else TokenRangeError with smallest, largest, K, position and codebook."""
+    if not ids.size if isinstance(ids, np.ndarray) else not _values_are_checked(ids):
+        return
+    if 0 in ids.shape:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low >= 0 and high < codes:
+        return
+    outside = (ids < 0) | (ids >= codes)
+    first = np.argwhere(outside.cpu().numpy() if isinstance(outside, Tensor) else _to_numpy(outside))[0]
+    raise TokenRangeError(
+        f"ids run from {low} to {high}, but the codebook has K = {codes} codes (0..{codes - 1}); "
+        f"first wrong id at position {first[0]} of codebook {first[-1]}"
+    )
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def _values_are_checked(ids: Any) -> bool:
+    if sys.modules["meditok.ops"].checks == "never":
+        return False
+    if not isinstance(ids, Tensor):
+        return True
+    if torch.compiler.is_compiling() or type(ids) not in (Tensor, torch.nn.Parameter) or ids.is_meta:
+        return False
+    if torch._C._functorch.maybe_get_level(ids) >= 0:  # inside vmap: a batched tensor has no values to look at
+        return False
+    return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
