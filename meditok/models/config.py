@@ -74,8 +74,8 @@ PRESETS = {
     "vitamin-base": TokenizerConfig("vitamin-base", stem_width=128, stage_widths=(128, 256), width=768, encoder_depth=14,
                                     decoder_depth=14, decoder_widths=(256, 128)),
     "vitamin-large": TokenizerConfig("vitamin-large"),
-    "tiny": TokenizerConfig("tiny", stem_width=24, stage_widths=(24, 48), stage_depths=(1, 2), width=192, encoder_depth=4,
-                            decoder_depth=4, decoder_widths=(48, 24), decoder_depths=(2, 1), expansion=2, embed_dim=0),
+    "tiny": TokenizerConfig("tiny", stem_width=24, stage_widths=(24, 48), stage_depths=(1, 2), width=192, encoder_depth=3,
+                            decoder_depth=4, decoder_widths=(64, 24), decoder_depths=(2, 1), expansion=2, embed_dim=0),
 }
 
 
