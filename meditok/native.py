@@ -88,11 +88,7 @@ def cuda_problem() -> str:
 @functools.cache
 def cuda_usable(device: int) -> bool:
     """Whether the CUDA kernels run on this device; warns once with the reason when they do not."""
-    problem = cuda_problem()
-    if not problem:
-        found, needed = core.cuda_capability(device), core.cuda_info()["capability_needed"]
-        if found < needed:
-            problem = f"device {device} has compute capability {found / 10}, the kernels need {needed / 10}"
+    problem = cuda_problem() or core.cuda_problem(device)
     if problem and backend == "native":
         warnings.warn(f"{problem}; meditok uses its PyTorch reference on CUDA", RuntimeWarning, stacklevel=3)
     return not problem

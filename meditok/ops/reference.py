@@ -25,9 +25,24 @@ def sum_of_squares(rows: Tensor) -> Tensor:
     return total
 
 
+def square_root(values: Tensor) -> Tensor:
+    """Square root rounded to nearest, as IEEE 754 and the kernels have it; some builds of PyTorch miss it by an ulp.
+
+    One Newton step whose residual values - root^2 is exact: the product is split in two (Dekker 1971).
+    """
+    root = values.sqrt()
+    shifted = root * 134217729.0  # 2^27 + 1 splits 53 bits in halves
+    high = shifted - (shifted - root)
+    low = root - high
+    product = root * root
+    missed = ((high * high - product) + 2 * high * low) + low * low
+    step = ((values - product) - missed) / (2 * root)
+    return torch.where(torch.isfinite(step), root + step, root)
+
+
 def row_norms(rows: Tensor) -> Tensor:
     """Euclidean norm of the last axis, floored at 1e-12: (..., C) -> (...) float64."""
-    return sum_of_squares(rows).sqrt().clamp_min(FLOOR)
+    return square_root(sum_of_squares(rows)).clamp_min(FLOOR)
 
 
 def normalise(rows: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+// What the binding files share. An entry takes addresses and sizes as integers, counts its calls, releases the
+// interpreter lock and converts nothing: checks and allocation are Python's.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace meditok {
+
+// Signatures of the entries, as meditok/native.py expects them; raise both together.
+constexpr int kInterface = 1;
+
+using Address = std::uintptr_t;
+
+enum Entry { kVqPack, kVqAssign, kVqLookup, kVqPackCuda, kVqAssignCuda, kVqLookupCuda, kEntries };
+constexpr const char* kEntryNames[kEntries] = {"vq_pack",      "vq_assign",      "vq_lookup",
+                                               "vq_pack_cuda", "vq_assign_cuda", "vq_lookup_cuda"};
+extern std::atomic<int64_t> entry_calls[kEntries];
+
+inline void count_call(Entry entry) { entry_calls[entry].fetch_add(1, std::memory_order_relaxed); }
+
+void bind_vq(pybind11::module_& module);
+
+}  // namespace meditok

@@ -1,0 +1,18 @@
+// Rules for files named *_avx2.cpp, *_avx512.cpp, *_neon.cpp, and the few helpers they share.
+//
+// Such a file is the only one compiled with its instruction set. Everything in it, the vector type included, lives in
+// an anonymous namespace, and it calls no inline function or template with external linkage (no std::max, no
+// std::vector): the linker keeps one copy of those, and if it kept the AVX one, machines without AVX would crash.
+// It defines `struct Vec` and includes an x_simd.inl.h that is written against that type:
+//   kWidth                        floats in a vector
+//   load(p), store(p, v)          unaligned access
+//   fill(a)                       the same float everywhere
+//   add(a, b), mul(a, b), max(a, b)
+//   fma(a, b, c)                  a * b + c, rounded once
+//   at_least(a, b)                bit i set where a[i] >= b[i]; false for NaN
+//   largest(a)                    the largest element
+#pragma once
+
+#include <cstdint>
+
+#define MEDITOK_INLINE inline __attribute__((always_inline))

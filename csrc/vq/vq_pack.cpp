@@ -1,0 +1,136 @@
+// Packing a codebook: filter codes in tiles of 32, their bounds, and the canonical norms. One pass over the codebook
+// plus a hash table that finds exact copies, which can never win against the code they copy.
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "common/threads.h"
+#include "vq/vq_cpu.h"
+
+namespace meditok {
+
+namespace {
+
+// Codes seen so far, by value; -0 and 0 count as equal because they score equally.
+class Seen {
+  public:
+    explicit Seen(int64_t codes) {
+        size_t size = 16;
+        while (size < static_cast<size_t>(codes) * 2) size *= 2;
+        slots_.assign(size, -1);
+    }
+
+    // True if an equal code was inserted before; `equal(k)` compares the new code with code k.
+    template <class Equal>
+    bool insert(uint64_t hash, int64_t code, Equal&& equal) {
+        for (size_t slot = hash & (slots_.size() - 1);; slot = (slot + 1) & (slots_.size() - 1)) {
+            if (slots_[slot] < 0) {
+                slots_[slot] = static_cast<int32_t>(code);
+                return false;
+            }
+            if (equal(slots_[slot])) return true;
+        }
+    }
+
+  private:
+    std::vector<int32_t> slots_;
+};
+
+uint64_t mix(uint64_t hash, double value) {
+    const double plain = value == 0.0 ? 0.0 : value;
+    uint64_t bits;
+    std::memcpy(&bits, &plain, sizeof bits);
+    hash = (hash ^ bits) * 0x9e3779b97f4a7c15ull;
+    return hash ^ (hash >> 29);
+}
+
+template <class T>
+void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& layout, int64_t group, unsigned char* packed) {
+    const int64_t width = codebook.width;
+    const T* codes = static_cast<const T*>(codebook.data) + group * codebook.group_stride;
+    auto value = [&](int64_t code, int64_t i) {
+        return to_double(codes[code * codebook.code_stride + i * codebook.column_stride]);
+    };
+    const PackedView view = packed_view(packed, layout, group);
+    float* tiles = const_cast<float*>(view.tiles);
+    float* bias = const_cast<float*>(view.bias);
+    float* radius = const_cast<float*>(view.radius);
+    float* reach = const_cast<float*>(view.reach);
+    double* norms = const_cast<double*>(view.norm);
+    PackedGroup& info = *const_cast<PackedGroup*>(view.group);
+    info = PackedGroup{0, -1, 0};
+    Seen seen(codebook.codes);
+
+    for (int64_t tile = 0; tile < layout.tiles; ++tile) {
+        reach[tile] = 0.0f;
+        for (int64_t lane = 0; lane < kTileCodes; ++lane) {
+            const int64_t code = tile * kTileCodes + lane;
+            float* column = tiles + tile * width * kTileCodes + lane;  // element i at column[i * 32]
+            float& code_bias = bias[code];
+            float& code_radius = radius[code];
+            code_bias = -std::numeric_limits<float>::infinity();
+            code_radius = 0.0f;
+            for (int64_t i = 0; i < width; ++i) column[i * kTileCodes] = 0.0f;
+            if (code >= codebook.codes) continue;
+
+            const double norm = canonical_norm(codes + code * codebook.code_stride, codebook.column_stride, width);
+            norms[code] = norm;
+            if (norm != norm) continue;
+            ++info.choosable;
+            if (info.first_choosable < 0) info.first_choosable = code;
+
+            uint64_t hash = 0;
+            double largest = 0.0;
+            for (int64_t i = 0; i < width; ++i) {
+                hash = mix(hash, value(code, i));
+                largest = std::max(largest, std::fabs(value(code, i)));
+            }
+            const bool copy = seen.insert(hash, code, [&](int64_t other) {
+                for (int64_t i = 0; i < width; ++i) {
+                    if (value(code, i) != value(other, i)) return false;
+                }
+                return true;
+            });
+            if (copy) continue;
+
+            if (metric == Metric::kCosine) {
+                const bool safe = norm < kLargestCosine && (largest == 0.0 || largest > kSmallestCosine);
+                if (!safe) {
+                    ++info.unsafe;
+                    continue;
+                }
+                for (int64_t i = 0; i < width; ++i) column[i * kTileCodes] = static_cast<float>(value(code, i) / norm);
+                code_bias = 0.0f;
+                code_radius = 1.0f;
+            } else {
+                if (!(norm < kLargestL2)) {
+                    ++info.unsafe;
+                    continue;
+                }
+                for (int64_t i = 0; i < width; ++i) column[i * kTileCodes] = static_cast<float>(value(code, i));
+                code_bias = static_cast<float>(-0.5 * norm * norm);
+                code_radius = static_cast<float>(norm) * kRoundUp;
+            }
+            reach[tile] = std::max(reach[tile], code_radius);
+        }
+    }
+}
+
+}  // namespace
+
+void vq_pack_cpu(const Codebook& codebook, Metric metric, unsigned char* packed, int threads) {
+    const PackedLayout layout = packed_layout(codebook.groups, codebook.codes, codebook.width);
+    const PackedHeader header{kPackedMagic, static_cast<int64_t>(metric), codebook.groups, codebook.codes,
+                              codebook.width};
+    std::memcpy(packed, &header, sizeof header);
+    for_dtype(codebook.type, [&](auto element) {
+        using T = decltype(element);
+        parallel_for(codebook.groups, threads, [&](int, int64_t group) {
+            pack_group<T>(codebook, metric, layout, group, packed);
+        });
+    });
+}
+
+}  // namespace meditok
