@@ -1,0 +1,346 @@
+"""What a command walks: from files, folders, globs, manifests and tars to sources, and from sources to rows.
+
+Every input found ends up in exactly one of three lists: sources (whose rows are ok or failed), ignored, or
+failed. Names are posix paths relative to the input they came from, so that outputs never collide and never
+depend on where the data lies.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from meditok.data import archives, manifest
+from meditok.data.image import MedicalImage
+from meditok.data.options import ReadOptions
+from meditok.data.readers import open_blob, sniff
+from meditok.data.readers.blob import Blob
+from meditok.data.windows import parse_window
+from meditok.errors import BadInputError, IntensityError, MeditokError, NotAnImageError, UsageError
+
+
+@dataclass
+class Row:
+    """One picture of a source: an image, or the error it failed with."""
+
+    name: str  # "<relative path>#<frame>"
+    path: str  # as messages show it
+    image: MedicalImage | None
+    error: MeditokError | None
+    columns: dict
+
+
+@dataclass
+class Source:
+    """One file, or one DICOM series of many files. Picklable; opens nothing until asked."""
+
+    path: str  # of the file, or of the first one
+    name: str  # relative to its IN argument
+    options: ReadOptions
+    modality: str | None = None  # as far as the header or the manifest says
+    columns: dict = field(default_factory=dict)
+    blobs: list[Blob] = field(default_factory=list)
+    slices: list[Any] = field(default_factory=list)  # of a DICOM series
+    names: dict[str, str] = field(default_factory=dict)  # label of a member file -> its relative name
+    row_columns: dict[str, dict] = field(default_factory=dict)  # relative name -> columns, for series
+    warnings: list[str] = field(default_factory=list)
+
+    def open(self):
+        """The reader of this source; errors as the readers raise them."""
+        if self.slices:
+            from meditok.data.readers.dicom import DicomSeries
+
+            return DicomSeries(self.blobs, self.options, self.slices)
+        return open_blob(self.blobs[0], self.options)
+
+    def rows(self) -> Iterator[Row]:
+        """Every picture, lazily and in order; a picture that cannot be read is a row with its error."""
+        try:
+            reader = self.open()
+        except MeditokError as error:
+            yield Row(f"{self.name}#0", self.path, None, error, dict(self.columns))
+            return
+        for index in self._chosen(reader):
+            name, path = self._row_name(reader, index)
+            columns = {**self.columns, **self.row_columns.get(name.rpartition("#")[0], {})}
+            try:
+                image = reader.image(index)
+            except MeditokError as error:
+                yield Row(name, path, None, error, columns)
+                continue
+            if image.volume and not self.slices:
+                image.volume = self.name + image.volume.removeprefix(self.blobs[0].name)
+            yield Row(name, path, image, None, columns)
+
+    def _chosen(self, reader) -> range | list[int]:
+        wanted = self.options.frame
+        if wanted is None:
+            return range(reader.frames)
+        if self.slices:  # --frame counts the frames of a file
+            return [index for index, slot in enumerate(reader.slots) if slot.source.frame == wanted]
+        return [wanted] if wanted < reader.frames else []
+
+    def _row_name(self, reader, index: int) -> tuple[str, str]:
+        if not self.slices:
+            return f"{self.name}#{index}", self.path
+        source = reader.slots[index].source
+        return f"{self.names[source.blob.label]}#{source.frame}", source.blob.label
+
+    def probe(self) -> list[dict]:
+        """What `inspect` and a dry run tell: one record per file of this source, pixels read but not kept.
+
+        Keys: name, path, modality, syntax, height, width, frames, window, low, high, unit, steps, warnings,
+        and, for a file that would fail, error (its message), error_type and exit_code.
+        """
+        syntax = ""
+        try:
+            reader = self.open()
+            syntax = reader.syntax
+        except MeditokError:
+            pass  # rows() meets the same error and reports it
+        records: dict[str, dict] = {}
+        for row in self.rows():
+            file = row.name.rpartition("#")[0]
+            record = records.setdefault(
+                file,
+                {
+                    "name": file, "path": row.path, "modality": self.modality, "syntax": syntax, "height": None,
+                    "width": None, "frames": 0, "window": None, "low": None, "high": None, "unit": None, "steps": [],
+                    "warnings": list(self.warnings) if not records else [], "error": None, "error_type": None,
+                    "exit_code": 0,
+                },
+            )  # fmt: skip
+            record["frames"] += 1
+            if row.error is not None:
+                if record["error"] is None:
+                    record.update(
+                        error=str(row.error), error_type=type(row.error).__name__, exit_code=row.error.exit_code
+                    )
+                continue
+            image = row.image
+            record["warnings"] += [note for note in image.warnings if note not in record["warnings"]]
+            if record["height"] is None:
+                record.update(
+                    modality=image.modality, height=image.height, width=image.width, window=image.window, low=image.low,
+                    high=image.high, unit=image.unit, steps=list(image.steps),
+                )  # fmt: skip
+        return list(records.values())
+
+
+@dataclass
+class Discovery:
+    """Everything the inputs hold. found = len(sources' files) + len(ignored) + len(failed)."""
+
+    sources: list[Source] = field(default_factory=list)
+    ignored: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
+    failed: list[tuple[str, MeditokError]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Found:
+    blob: Blob
+    name: str
+    named: bool  # given explicitly, so that ignoring it is an error
+    columns: dict = field(default_factory=dict)
+
+
+def discover(inputs: Sequence[str | os.PathLike], options: ReadOptions | None = None) -> Discovery:
+    """Sort out what the inputs hold; only headers are read.
+
+    Raises UsageError for an input that does not exist, for equal relative names from two inputs, and for a
+    CT window when there is no CT. Everything else that is wrong is listed in `failed`.
+    """
+    options = options or ReadOptions()
+    discovery = Discovery()
+    found: list[_Found] = []
+    for item in inputs:
+        _expand(os.fspath(item), discovery, found)
+    _refuse_equal_names(found)
+    dicom: list[tuple[_Found, ReadOptions]] = []
+    for file in found:
+        _sort_out(file, options, discovery, dicom)
+    _series(dicom, discovery, options)
+    discovery.sources.sort(key=lambda source: source.name)
+    _check_ct_window(discovery, options)
+    return discovery
+
+
+def _expand(item: str, discovery: Discovery, found: list[_Found]) -> None:
+    """Files of one input argument."""
+    if os.path.isdir(item):
+        labels = manifest.label_columns(item)
+        for folder, folders, files in os.walk(item):
+            folders.sort()
+            for file in sorted(files):
+                path = os.path.join(folder, file)
+                name = manifest.relative_name(path, item)
+                if file.startswith(".") or name == manifest.LABEL_FILE:
+                    discovery.ignored.append((path, "labels of this folder" if name == manifest.LABEL_FILE else "hidden file"))
+                elif file.lower().endswith(".tar"):
+                    _expand_tar(path, name, discovery, found)
+                else:
+                    found.append(_Found(Blob.of(path), name, False, labels.get(name, {})))
+    elif os.path.isfile(item):
+        if item.lower().endswith(manifest.SUFFIXES):
+            _expand_manifest(item, discovery, found)
+        elif item.lower().endswith(".tar"):
+            _expand_tar(item, os.path.basename(item), discovery, found)
+        else:
+            found.append(_Found(Blob.of(item), os.path.basename(item), True))
+    elif glob.has_magic(item):
+        root = Path(*[part for part in _fixed_parts(item)]) if _fixed_parts(item) else Path(".")
+        paths = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise UsageError(f"{item}: no file matches; correct the pattern")
+        found += [_Found(Blob.of(path), manifest.relative_name(path, root), False) for path in paths]
+    else:
+        raise BadInputError(f"{item}: no such file or folder; correct the path")
+
+
+def _fixed_parts(pattern: str) -> list[str]:
+    parts: list[str] = []
+    for part in Path(pattern).parts[:-1]:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return parts
+
+
+def _expand_tar(path: str, name: str, discovery: Discovery, found: list[_Found]) -> None:
+    members, ignored, failed = archives.read_tar(path)
+    discovery.ignored += ignored
+    discovery.failed += failed
+    found += [_Found(member.blob, f"{name}/{member.name}", False, member.columns) for member in members]
+
+
+def _expand_manifest(path: str, discovery: Discovery, found: list[_Found]) -> None:
+    entries, failed = manifest.read_manifest(path)
+    discovery.failed += failed
+    found += [_Found(Blob.of(entry.file), entry.name, True, entry.columns) for entry in entries]
+
+
+def _refuse_equal_names(found: list[_Found]) -> None:
+    seen: dict[str, str] = {}
+    for file in found:
+        if file.name in seen:
+            raise UsageError(
+                f"{seen[file.name]} and {file.blob.label} have the same name {file.name} relative to their inputs; "
+                "give their common parent folder instead"
+            )
+        seen[file.name] = file.blob.label
+
+
+def _sort_out(file: _Found, options: ReadOptions, discovery: Discovery, dicom: list) -> None:
+    """Put one file into sources, ignored, failed, or among the DICOM files that are grouped later."""
+    try:
+        kind = sniff(file.blob)
+        if kind is None:
+            if file.named:
+                open_blob(file.blob, options)  # raises NotAnImageError
+            discovery.ignored.append((file.blob.label, "not an image"))
+            return
+        own = manifest.options_for(options, file.columns)
+    except MeditokError as error:
+        discovery.failed.append((file.blob.label, error))
+        return
+    if kind == "dicom":
+        dicom.append((file, own))
+        return
+    discovery.sources.append(
+        Source(file.blob.label, file.name, own, own.modality or _sidecar(kind, file.blob), file.columns, [file.blob])
+    )
+
+
+def _sidecar(kind: str, blob: Blob) -> str | None:
+    if kind != "nifti":
+        return None
+    from meditok.data.readers.nifti import sidecar_modality
+
+    try:
+        return sidecar_modality(blob)
+    except MeditokError:
+        return None  # opening the file reports it
+
+
+def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, options: ReadOptions) -> None:
+    """Group DICOM files by series, orientation and size, one Source a group."""
+    if not files:
+        return
+    from meditok.data.readers.dicom_header import Header
+    from meditok.data.readers.dicom_series import arrange, slices_of
+
+    groups: dict[tuple, Source] = {}
+    matched = False
+    for file, own in files:
+        label = file.blob.label
+        try:
+            header = Header(file.blob, own)
+            reason = header.not_an_image()
+            if reason and not file.named:
+                if header.is_localiser and not header.is_secondary and header.layout.keyword:
+                    discovery.warnings.append(f"{label}: localiser left out (--include-secondary reads it)")
+                discovery.ignored.append((label, reason))
+                continue
+            header.require_image()
+            header.check_pixels()
+            slices = slices_of(header)
+        except NotAnImageError as error:
+            discovery.failed.append((label, error))
+            continue
+        except MeditokError as error:
+            discovery.failed.append((label, error))
+            continue
+        if options.series is not None:
+            if options.series not in (slices[0].series, slices[0].number):
+                discovery.ignored.append((label, "of another series"))
+                continue
+            matched = True
+        key = slices[0].key if len({piece.key for piece in slices}) == 1 else (label,)
+        source = groups.get(key)
+        if source is None:
+            source = groups[key] = Source(label, file.name, own, slices[0].modality)
+        source.blobs.append(file.blob)
+        source.slices += slices
+        source.names[label] = file.name
+        if file.columns:
+            source.row_columns[file.name] = file.columns
+    if options.series is not None and not matched:
+        raise UsageError("--series matches no SeriesInstanceUID or SeriesNumber of the inputs; see meditok inspect")
+    splits: dict[str, int] = {}
+    for source in groups.values():
+        splits[source.slices[0].series] = splits.get(source.slices[0].series, 0) + 1
+        _, notes = arrange(source.slices)
+        source.warnings = [f"{source.path}: {note}" for note in notes]
+        discovery.warnings += source.warnings
+        discovery.sources.append(source)
+    for source in groups.values():
+        count = splits.pop(source.slices[0].series, 1)
+        if count > 1:
+            discovery.warnings.append(f"{source.path}: its series holds {count} orientations, sizes or spacings; kept apart")
+
+
+def _check_ct_window(discovery: Discovery, options: ReadOptions) -> None:
+    """A CT window touches only CT: none at all is a usage error, one named non-CT file a bad input."""
+    request = parse_window(options.window)
+    if request.kind != "named" or not discovery.sources:
+        return
+    if any(source.modality == "ct" for source in discovery.sources):
+        for source in discovery.sources:
+            source.options = replace(source.options, mixed=True)
+        return
+    if len(discovery.sources) == 1 and not discovery.ignored and not discovery.failed:
+        source = discovery.sources.pop()
+        message = f"{source.path}: window {request.name!r} is in Hounsfield units and this is not CT; use auto or LOW:HIGH"
+        discovery.failed.append((source.path, IntensityError(message)))
+        return
+    raise UsageError(f"window {request.name!r} is for CT and none of the inputs is; pass --modality ct, or another window")
+
+
+def parent_name(name: str) -> str:
+    """Folder part of a row or source name."""
+    return PurePosixPath(name.partition("#")[0]).parent.as_posix()
