@@ -32,6 +32,7 @@ class TokenWriter:
         self.schema = arrow_schema(info, tuple(extra))
         self._ids: list[np.ndarray] = []
         self._rows: list[Description] = []
+        self._closed = False
         self._stack = contextlib.ExitStack()
         temporary = self._stack.enter_context(atomic_path(self.path))
         self._writer = pq.ParquetWriter(temporary, self.schema, use_dictionary=True, compression="zstd")
@@ -56,7 +57,9 @@ class TokenWriter:
         self.rows_written += count
 
     def close(self, settings: str = "") -> None:
-        """Finish the file. `settings` goes into its header (see TokenInfo)."""
+        """Finish the file, once. `settings` goes into its header (see TokenInfo)."""
+        if self._closed:
+            return
         try:
             if self._rows:
                 self._flush(len(self._rows))
@@ -66,10 +69,14 @@ class TokenWriter:
         except BaseException:
             self.abort()
             raise
+        self._closed = True
         self._stack.close()
 
     def abort(self) -> None:
-        """Drop everything written so far."""
+        """Drop everything written so far, unless the file is finished."""
+        if self._closed:
+            return
+        self._closed = True
         with contextlib.suppress(Exception):
             self._writer.close()
         error = InterruptedError("aborted")
@@ -130,23 +137,28 @@ class TokenReader:
     def __len__(self) -> int:
         return sum(f.metadata.num_rows for f in self._files)
 
+    def check(self) -> None:
+        """Read and check every id, keeping none. TokenShapeError, TokenRangeError."""
+        for batch, path in self._batches(4096, columns=["tokens"]):
+            ids_of(batch.column("tokens"), self.info, str(path))
+
     def descriptions(self) -> Iterator[Description]:
         """Every row's description, without reading its ids."""
-        for batch, _ in self._batches(4096, tokens=False):
+        names = [name for name in self._files[0].schema_arrow.names if name != "tokens"]
+        for batch, _ in self._batches(4096, columns=names):
             yield from from_batch(batch)
 
     def batches(self, size: int = 64) -> Iterator[tuple[np.ndarray, list[Description]]]:
         """Ids (R, G, N), R <= size, with their descriptions. TokenShapeError, TokenRangeError."""
-        for batch, path in self._batches(size, tokens=True):
+        for batch, path in self._batches(size):
             yield ids_of(batch.column("tokens"), self.info, str(path)), from_batch(batch)
 
-    def _batches(self, size: int, *, tokens: bool):
+    def _batches(self, size: int, columns: Sequence[str] | None = None):
         import pyarrow as pa
 
         for file, path in zip(self._files, self.paths, strict=True):
-            names = [n for n in file.schema_arrow.names if tokens or n != "tokens"]
             try:
-                for batch in file.iter_batches(batch_size=size, columns=names):
+                for batch in file.iter_batches(batch_size=size, columns=columns):
                     yield batch, path
             except (pa.ArrowException, OSError) as error:
                 raise BadInputError(f"{path}: broken Parquet ({_reason(error)}); write it anew") from None

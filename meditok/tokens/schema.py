@@ -81,14 +81,14 @@ class TokenInfo:
             raise BadInputError(f"{where}: no meditok token file (its header has no meditok.format); "
                                 "give a file written by meditok tokenize")
         if version != str(FORMAT):
-            raise CodebookMismatchError(f"{where}: token format {version}, codebook "
-                                        f"{pairs.get('codebook_hash', '?')}; this "
-                                        f"meditok reads format {FORMAT} only; use the version that wrote it")
+            raise CodebookMismatchError(
+                f"{where}: token format {version}, codebook {pairs.get('codebook_hash', '?')}; this meditok "
+                "reads "
+                f"format {FORMAT} only; use the version that wrote it")
         try:
             if pairs["axis_order"] != AXIS_ORDER or pairs["id_base"] != "0":
-                raise BadInputError(f"{where}: axis_order {pairs['axis_order']}, id_base {pairs['id_base']}; "
-                                    ""
-                                    f"expected {AXIS_ORDER} and 0; write the file again with meditok tokenize")
+                raise BadInputError(f"{where}: axis_order {pairs['axis_order']}, id_base {pairs['id_base']}, "
+                                    f"not {AXIS_ORDER} and 0; write the file again with meditok tokenize")
             rows, columns = json.loads(pairs["grid"])
             info = cls(pairs["model"], pairs["model_hash"], pairs["codebook_hash"], int(pairs["G"]),
                        int(pairs["K"]), (int(rows), int(columns)), pairs["precision"], pairs["device_class"],
@@ -154,7 +154,8 @@ def arrow_schema(info: TokenInfo, extra: tuple[str, ...] = ()) -> pa.Schema:
     geometry = pa.struct([
         ("original_shape", pa.list_(pa.int64())), ("axis", pa.int8()), ("plane", pa.string()),
         ("fit", pa.string()), ("scale_y", pa.float64()), ("scale_x", pa.float64()),
-        ("pad", pa.list_(pa.int32())), ("spacing", pa.list_(pa.float64())), ("affine", pa.list_(pa.float64())), ("space", pa.string())])
+        ("pad", pa.list_(pa.int32())), ("spacing", pa.list_(pa.float64())),
+        ("affine", pa.list_(pa.float64())), ("space", pa.string())])
     fields = [
         pa.field("id", pa.string(), nullable=False), pa.field("tokens", tokens, nullable=False),
         ("height", pa.int32()), ("width", pa.int32()),

@@ -43,6 +43,7 @@ class StoreWriter:
         self.parts: list[dict] = []
         self._part: TokenWriter | None = None
         self._filled = 0
+        self._closed = False
         self.out.mkdir(parents=True, exist_ok=True)
         leftovers = [*self.out.glob("part-*.parquet"), *self.out.glob(".part-*.tmp"), self.out / FAILURES]
         for path in leftovers:  # of an earlier or interrupted run, see `plan_output`
@@ -74,10 +75,13 @@ class StoreWriter:
         self._write_index(complete=False)
 
     def close(self, settings: str = "") -> None:
-        """Finish the last part and mark the store complete."""
+        """Finish the last part and mark the store complete, once."""
+        if self._closed:
+            return
         if self._part is not None:
             self._finish_part()
         self._write_index(complete=True, settings=settings)
+        self._closed = True
 
     def abort(self) -> None:
         """Drop the part in work; finished parts stay, in a store marked incomplete."""

@@ -70,7 +70,8 @@ class Tokens:
         ids = self.ids
         if offsets:
             ids = ids + self._offsets()
-        return (ids.transpose(1, 2) if _checked(order) == "position" else ids).reshape(len(self), -1)
+        ids = ids.transpose(1, 2) if _checked(order) == "position" else ids
+        return ids.reshape(len(self), ids.shape[1] * ids.shape[2])
 
     def from_sequence(self, sequence, order: str = "position", offsets: bool = True) -> Tokens:
         """Undo to_sequence: Tokens of (B, N*G) integers, made with this object's model and grid.

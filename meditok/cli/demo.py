@@ -1,0 +1,137 @@
+"""`meditok demo`: real scans that ship with installed packages, through the bundled model and back."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from . import options as opt
+from .console import console, write_json
+
+if TYPE_CHECKING:
+    from ..data import MedicalImage
+    from ..models.tokenizer import Tokenizer
+
+# (label, modality where the file does not state it, package, path inside it); nothing is downloaded.
+SCANS = (
+    ("CT, abdomen", None, "pydicom", "data/test_files/CT_small.dcm"),
+    ("MRI", None, "pydicom", "data/test_files/examples_overlay.dcm"),
+    ("Ultrasound", None, "pydicom", "data/test_files/examples_rgb_color.dcm"),
+    ("Histology, IHC", "histology", "skimage", "data/ihc.png"),
+    ("Fundus", "fundus", "skimage", "data/retina.jpg"),
+)
+
+
+@dataclass
+class Shown:
+    """One scan before and after, and what it cost."""
+
+    label: str
+    original: MedicalImage
+    decoded: MedicalImage
+    psnr: float  # dB, at native size, over the window
+    ssim: float
+    source_bytes: int  # of the file
+    token_bytes: int  # of the ids, tightly packed
+    grid: tuple[int, int]
+
+    def line(self) -> str:
+        size = f"{self.original.height}x{self.original.width}"
+        return (f"{self.label:<15} {size:>9}  PSNR {self.psnr:5.2f} dB  SSIM {self.ssim:.3f}  "
+                f"{self.token_bytes} bytes of tokens for a file of {self.source_bytes} "
+                f"({self.source_bytes / self.token_bytes:.0f}x fewer)")
+
+
+@click.command("demo", help="Tokenise a few real scans that ship with installed packages, and show what comes back. Downloads "
+                            "nothing; writes tokens.parquet and side-by-side.png into DIR only.")
+@click.option("-o", "--output", "out", metavar="DIR", default="meditok-demo", show_default=True)
+@opt.modelling
+@opt.speaking
+def command(out: str, model: str, device: str, precision: str, json_out: str | None) -> int:
+    from ..errors import UsageError
+    from .jobs import load_model
+    from .sheet import draw_sheet
+
+    folder = Path(out)
+    if folder.is_file():
+        raise UsageError(f"{out}: a file of that name is in the way; name a folder")
+    loaded = load_model(model, device, precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for item in run_demo(loaded, folder / "tokens.parquet"):
+        shown.append(item)
+        if json_out != "-":
+            click.echo(item.line())
+    draw_sheet(shown, loaded.config.name, folder / "side-by-side.png")
+    groups, codes = loaded.config.num_codebooks, loaded.config.codebook_size
+    grid = shown[0].grid
+    console.info(f"each picture is {grid[0]}x{grid[1]} positions x {groups} ids of {codes}; "
+                 f"wrote {folder / 'tokens.parquet'} and {folder / 'side-by-side.png'}")
+    console.info("research use, not a medical device")
+    write_json(json_out, [{"label": s.label, "modality": s.original.modality, "height": s.original.height,
+                           "width": s.original.width, "psnr": s.psnr, "ssim": s.ssim,
+                           "token_bytes": s.token_bytes, "source_bytes": s.source_bytes} for s in shown])
+    return 0
+
+
+def scans() -> Iterator[tuple[str, str | None, Path]]:
+    """The scans that are here. MissingPartError where none is."""
+    from ..errors import MissingPartError
+
+    found = 0
+    for label, modality, package, inside in SCANS:
+        spec = importlib.util.find_spec(package)
+        path = Path(spec.submodule_search_locations[0]) / inside if spec else None
+        if path is None or not path.is_file():
+            console.warning(f"{label}: {inside} is not in the installed {package}; left out")
+            continue
+        found += 1
+        yield label, modality, path
+    if not found:
+        raise MissingPartError("demo: no scan found; the pictures come with pydicom and scikit-image, pip install them")
+
+
+def run_demo(model: Tokenizer, tokens: Path) -> Iterator[Shown]:
+    """Tokenise the scans into `tokens`, then decode that file; yields one Shown a scan."""
+    from ..data import fit, read
+    from ..pipeline import PATCH, describe
+    from ..tokens.format import TokenReader, TokenWriter
+    from ..tokens.keys import Namer
+    from ..tokens.restore import restore
+    from ..tokens.schema import TokenInfo
+
+    size = model.config.image_size
+    info = TokenInfo.of(model, (size // PATCH, size // PATCH), stable=True)
+    namer = Namer(b"", keep_names=True)  # public pictures: no key is made on this machine
+    originals = []
+    with TokenWriter(tokens, info) as writer:
+        for label, modality, path in scans():
+            image = read(path, **({"modality": modality} if modality else {}))
+            fitted = fit(image, size, "pad", multiple=PATCH)[0]
+            ids = model.tokenize(fitted.pixels[None], stable=True).cpu().numpy()
+            writer.write(ids, [describe(fitted, f"{path.name}#0", namer)])
+            originals.append((label, path, image))
+    bits = (info.codebook_size - 1).bit_length() * info.num_codebooks * info.positions
+    with TokenReader([tokens]) as reader:
+        decoded = restore(reader.batches(1), info, reader.descriptions(), model, str(tokens))
+        for (label, path, image), picture in zip(originals, decoded, strict=True):
+            psnr, ssim = compare(image, picture.image)
+            yield Shown(label, image, picture.image, psnr, ssim, path.stat().st_size, -(-bits // 8), info.grid)
+
+
+def compare(original: MedicalImage, decoded: MedicalImage) -> tuple[float, float]:
+    """PSNR in dB and SSIM (Gaussian 11 x 11, sigma 1.5) over the window, at native size, without rounding."""
+    from .._lazy import require
+
+    metrics = require("skimage.metrics", purpose="PSNR and SSIM")
+    first, second = (image.pixels[:1 if original.channels == 1 else 3].double().numpy()
+                     for image in (original, decoded))
+    psnr = metrics.peak_signal_noise_ratio(first, second, data_range=2.0)
+    ssim = metrics.structural_similarity(first, second, data_range=2.0, channel_axis=0, gaussian_weights=True,
+                                         sigma=1.5, use_sample_covariance=False)
+    return float(psnr), float(ssim)

@@ -1,0 +1,160 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+
+import click
+
+from .console import console
+
+
+def _together(*decorators: Callable) -> Callable:
+    def decorate(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+    return decorate
+
+
+def _speak(name: str) -> Callable:
+    def callback(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        setattr(console, name, value)
+    return callback
+
+
+def _backend(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value:
+        os.environ["MEDITOK_BACKEND"] = value  # read once, when the compiled core is first wanted
+
+
+reading = _together(
+    click.option(
+        "--modality",
+        metavar="CODE",
+        help="For files that do not state it: ct, mr, us, xr, mg, nm, "
+        "pt, fundus, "
+        "endoscopy, dermoscopy, histology, microscopy, oct, other.",
+    ),
+    click.option(
+        "--window",
+        default="auto",
+        metavar="WINDOW",
+        show_default=True,
+        help="auto, file, full, percentile[:P:Q], LOW:HIGH, or for CT default, soft-tissue, lung, bone.",
+    ),
+    click.option("--window-index", type=int, default=0, help="Which of several windows in a DICOM header."),
+    click.option("--ct-bias", type=float, help="What was added to HU in a 16-bit picture, e.g. 1024."),
+    click.option(
+        "--nonfinite",
+        type=click.Choice(["error", "zero", "min"]),
+        default="error",
+        show_default=True,
+        help="What to do with NaN and infinite values.",
+    ),
+    click.option("--bits", type=int, help="Significant bits of a PNG or TIFF."),
+    click.option(
+        "--plane",
+        type=click.Choice(["axial", "coronal", "sagittal", "native"]),
+        default="axial",
+        show_default=True,
+        help="How volumes are sliced.",
+    ),
+    click.option("--series", help="Only this SeriesInstanceUID or SeriesNumber."),
+    click.option("--frame", type=int, help="Only this frame or slice, counted from 0."),
+    click.option("--time-index", type=int, help="Which time point of a 4-D volume."),
+    click.option("--include-secondary", is_flag=True, help="Also take secondary captures and localisers."),
+    click.option(
+        "--assume-syntax", metavar="UID", help="Transfer syntax of DICOM files that do not state it."
+    ),
+    click.option("--assume-affine", is_flag=True, help="Accept NIfTI files without orientation."),
+)
+
+fitting = _together(
+    click.option(
+        "--fit",
+        type=click.Choice(["pad", "stretch", "crop", "tile"]),
+        help="How pictures become squares.  [default: pad]",
+    ),
+    click.option("--size", type=int, help="Pixels a side, a multiple of 16.  [default: the model's]"),
+    click.option(
+        "--preset", type=click.Choice(["published"]), help="Fit as the published batch script does."
+    ),
+)
+
+modelling = _together(
+    click.option(
+        "--model",
+        default="tiny",
+        show_default=True,
+        metavar="NAME|DIR|FILE",
+        help="Bundled model, directory or .safetensors file.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--precision",
+        type=click.Choice(["fp32", "tf32", "bf16", "fp16", "int8", "fp8"]),
+        default="fp32",
+        show_default=True,
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "native", "triton", "reference"]),
+        callback=_backend,
+        is_eager=True,
+        expose_value=False,
+        help="Which kernels run.  [default: auto]",
+    ),
+)
+
+batching = _together(
+    click.option("--batch-size", type=int, help="Pictures a pass.  [default: 16]"),
+    click.option("--no-stable", is_flag=True, help="Let ids depend on the batch, for speed."),
+)
+
+exporting = _together(
+    click.option("--as", "fmt", type=click.Choice(["png", "png16", "nifti", "npy"]),
+                 help="Format.  [default: NIfTI for volumes, PNG for other pictures]"),
+    click.option("--values", type=click.Choice(["display", "native"]),
+                 help="8-bit display values, or the source's unit.  [default: native in NIfTI and npy, else "
+                      "display]"),
+)
+
+naming = _together(
+    click.option(
+        "--columns", default="", metavar="A,B", help="Manifest columns to copy (they may hold PHI)."
+    ),
+    click.option("--keep-names", is_flag=True, help="Write names and paths instead of keyed hashes."),
+)
+
+failing = click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+                       help="Stop at the first failing input, or list it and go on.")
+overwriting = click.option("--overwrite", is_flag=True, help="Replace an output that is there.")
+planning = click.option("--dry-run", is_flag=True, help="Read everything, write nothing, say what would "
+                                                        "fail.")
+
+speaking = _together(
+    click.option("--json", "json_out", metavar="FILE", help="Write a report as JSON (- for stdout)."),
+    click.option("--log-json", is_flag=True, expose_value=False, callback=_speak("log_json"), is_eager=True,
+                 help="Log lines on stderr as JSON, without names."),
+    click.option("--quiet", is_flag=True, expose_value=False, callback=_speak("quiet"), is_eager=True,
+                 help="Only warnings and errors."),
+    click.option("--debug", is_flag=True, expose_value=False, callback=_speak("debug"), is_eager=True,
+                 help="Show where an error came from."),
+)
+
+
+def sort(options: dict) -> tuple:
+    """(ReadOptions, Settings, all other options) of a command's keywords."""
+    from ..data.options import ReadOptions, read_options
+    from ..pipeline import Settings
+
+    reading = {f.name for f in fields(ReadOptions)}
+    making = {f.name for f in fields(Settings)} | {"preset"}
+    settings = {k: v for k, v in options.items() if k in making}
+    settings["columns"] = tuple(c.strip() for c in options.get("columns", "").split(",") if c.strip())
+    settings["stable"] = not options.get("no_stable")
+    rest = {k: v for k, v in options.items() if k not in reading | making}
+    return read_options(**{k: v for k, v in options.items() if k in reading}), Settings.of(**settings), rest
