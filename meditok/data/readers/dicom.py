@@ -91,7 +91,7 @@ class DicomFile:
                 )
             found.notes.append("no rescale in this CT: slope 1 and intercept 0 assumed")
             found.steps.append("rescale slope=1 intercept=0 assumed")
-        if found.unit not in ("HU", "HU_MOD", "", "stored", "NONE"):
+        if found.unit not in ("HU", "HU_MOD", "", "stored", "display", "NONE"):
             raise IntensityError(f"{self.where}: ct needs HU; RescaleType (0028,1054) is {found.unit}; give the HU series")
         if not header.signed and header.stored_bits == 16 and found.values.max() > 32767 - 2048:
             found.notes.append("values above 30000 HU: signed data may be marked unsigned (PixelRepresentation)")

@@ -90,7 +90,8 @@ def real_values(header: Header, frame: int, stored: np.ndarray) -> RealValues:
     holder = group if group is not None else header.dataset
     slope, intercept = header.number(holder, "RescaleSlope"), header.number(holder, "RescaleIntercept")
     if slope is None and intercept is None:
-        return RealValues(stored, padding, low, high, "stored", False, steps, notes)
+        unit = "display" if (low, high) == (0.0, 255.0) else "stored"
+        return RealValues(stored, padding, low, high, unit, False, steps, notes)
     if slope is None or intercept is None:
         missing = "slope 1" if slope is None else "intercept 0"
         notes.append(f"rescale is incomplete: {missing} assumed")

@@ -257,14 +257,15 @@ class NiftiFile:
         """Slice `index` along geometry.axis, shown as a radiologist sees it."""
         window, unit, modality, steps = self._intensity
         volume = self._voxels[..., self.time] if len(self.shape) == 4 else self._voxels
-        stored = np.asarray(volume.take(index, axis=self.geometry.axis))
+        # basic indexing: take() would first copy the whole Fortran-ordered volume
+        stored = np.asarray(volume[(slice(None),) * self.geometry.axis + (index,)])
         minimum = self.statistics.minimum if self.options.nonfinite == "min" and self.dtype.kind == "f" else None
         values, filled = replace_nonfinite(self._scaled(stored), self.options.nonfinite, self.where, minimum)
         if self.channels == 3:
             values = np.moveaxis(geo.to_display(np.moveaxis(values, -1, 0), self.geometry), 0, -1)
         else:
             values = geo.to_display(values, self.geometry)
-        plane = f"slice {index} of {self.frames} along voxel axis {self.geometry.axis}, {self.geometry.plane}"
+        plane = f"sliced along voxel axis {self.geometry.axis}, plane {self.geometry.plane}"
         return MedicalImage(
             pixels=to_tensor(window.apply(values)),
             low=window.low,

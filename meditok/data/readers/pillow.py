@@ -74,7 +74,9 @@ class PictureFile:
 
     def _broken_message(self) -> str:
         rows = _png_rows(self._data) if self.kind == "png" else None
-        found = f"{rows[0]} of {rows[1]} rows can be read" if rows else f"cut or damaged within its {len(self._data)} bytes"
+        layout = ", or of a layout Pillow does not read" if self.kind == "tiff" else ""
+        damaged = f"cut or damaged within its {len(self._data)} bytes{layout}"
+        found = f"{rows[0]} of {rows[1]} rows can be read" if rows else damaged
         return f"{self.where}: {self.syntax} cannot be decoded in full, {found}; get the file again"
 
     def image(self, index: int) -> MedicalImage:
