@@ -17,15 +17,19 @@ def as_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(np.ascontiguousarray(images))
     if not isinstance(images, torch.Tensor):
-        raise DtypeError(f"images: got {type(images).__name__}; give a float tensor (B, 3, H, W) in [-1, 1], "
-                         "or pass paths and MedicalImages to meditok.tokenize")
+        raise DtypeError(
+            f"images: got {type(images).__name__}; give a float tensor (B, 3, H, W) in [-1, 1], "
+            "or pass paths and MedicalImages to meditok.tokenize"
+        )
     if images.ndim != 4 or images.shape[1] != 3:
         raise ShapeError(f"images: shape {tuple(images.shape)}; expected (B, 3, H, W)")
     height, width = images.shape[2:]
     if height % PATCH or width % PATCH or not height or not width:
         legal = tuple(max(PATCH, round(s / PATCH) * PATCH) for s in (height, width))
-        raise ShapeError(f"images: {height} x {width} pixels; sides must be multiples of {PATCH} "
-                         f"(nearest: {legal[0]} x {legal[1]}), or let model.processor fit them")
+        raise ShapeError(
+            f"images: {height} x {width} pixels; sides must be multiples of {PATCH} "
+            f"(nearest: {legal[0]} x {legal[1]}), or let model.processor fit them"
+        )
     if images.dtype == torch.uint8:
         return (images.to(device).float() / 127.5 - 1).contiguous()
     if not images.is_floating_point():
@@ -39,19 +43,27 @@ def _check_range(images: torch.Tensor) -> None:
     low, high = (float(v) for v in torch.aminmax(images))
     if not math.isfinite(low) or not math.isfinite(high):
         bad = int((~torch.isfinite(images)).sum())
-        raise NonFiniteError(f"images: {bad} of {images.numel()} values are NaN or infinite; replace them first")
+        raise NonFiniteError(
+            f"images: {bad} of {images.numel()} values are NaN or infinite; replace them first"
+        )
     if low < -1.0001 or high > 1.0001:
-        raise DtypeError(f"images: values from {low:.6g} to {high:.6g}; expected [-1, 1] (uint8 tensors are read as 0..255)")
+        raise DtypeError(
+            f"images: values from {low:.6g} to {high:.6g}; expected [-1, 1] (uint8 tensors are read as 0..255)"
+        )
     if low >= 0 and high > low:
-        warnings.warn(f"images: values from {low:.3g} to {high:.3g}, none negative; expected [-1, 1], is this 0..1?",
-                      stacklevel=4)
+        warnings.warn(
+            f"images: values from {low:.3g} to {high:.3g}, none negative; expected [-1, 1], is this 0..1?",
+            stacklevel=4,
+        )
 
 
 def as_ids(tokens: torch.Tensor, config: TokenizerConfig, device: torch.device) -> torch.Tensor:
     """(B, G, N) int64 on `device`; TokenShapeError or TokenRangeError otherwise."""
     tokens = getattr(tokens, "ids", tokens)  # a Tokens object brings its ids
     if isinstance(tokens, np.ndarray):
-        tokens = torch.from_numpy(tokens.astype(np.int64) if tokens.dtype.kind == "u" else np.ascontiguousarray(tokens))
+        tokens = torch.from_numpy(
+            tokens.astype(np.int64) if tokens.dtype.kind == "u" else np.ascontiguousarray(tokens)
+        )
     groups, codes = config.num_codebooks, config.codebook_size
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3 or tokens.shape[1] != groups:
         shape = tuple(getattr(tokens, "shape", ())) or type(tokens).__name__
@@ -63,18 +75,22 @@ def as_ids(tokens: torch.Tensor, config: TokenizerConfig, device: torch.device) 
         low, high = (int(v) for v in torch.aminmax(tokens))
         if low < 0 or high >= codes:
             where = tuple(int(i) for i in ((tokens < 0) | (tokens >= codes)).nonzero()[0])
-            raise TokenRangeError(f"tokens: ids from {low} to {high}, first bad one at image {where[0]}, codebook "
-                                  f"{where[1]}, position {where[2]}; ids run from 0 to {codes - 1} (K = {codes})")
+            raise TokenRangeError(
+                f"tokens: ids from {low} to {high}, first bad one at image {where[0]}, codebook "
+                f"{where[1]}, position {where[2]}; ids run from 0 to {codes - 1} (K = {codes})"
+            )
     return tokens
 
 
 def square_grid(positions: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     """The (h, w) of `positions` tokens; TokenShapeError where it is neither given rightly nor a square."""
     if grid is None:
-        side = math.isqrt(positions)
+        side = int(positions**0.5 + 0.5)  # not math.isqrt, which torch.compile cannot trace
         if side * side != positions:
             raise TokenShapeError(f"tokens: {positions} positions are no square; pass grid=(h, w)")
         return side, side
     if grid[0] * grid[1] != positions:
-        raise TokenShapeError(f"tokens: {positions} positions do not fill grid {grid[0]} x {grid[1]}; give the grid they were made on")
+        raise TokenShapeError(
+            f"tokens: {positions} positions do not fill grid {grid[0]} x {grid[1]}; give the grid they were made on"
+        )
     return int(grid[0]), int(grid[1])

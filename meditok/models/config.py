@@ -41,10 +41,14 @@ class TokenizerConfig:
         for name in ("stage_widths", "stage_depths", "decoder_widths", "decoder_depths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON brings lists
         if self.projection not in ("attention", "linear") or self.attention not in ("causal", "full"):
-            raise BadInputError(f"model description {self.name}: projection={self.projection!r}, "
-                                f"attention={self.attention!r}; expected attention|linear and causal|full")
+            raise BadInputError(
+                f"model description {self.name}: projection={self.projection!r}, "
+                f"attention={self.attention!r}; expected attention|linear and causal|full"
+            )
         if self.width % 64:
-            raise BadInputError(f"model description {self.name}: width {self.width} is not a multiple of the head width 64")
+            raise BadInputError(
+                f"model description {self.name}: width {self.width} is not a multiple of the head width 64"
+            )
 
     @property
     def heads(self) -> int:
@@ -64,18 +68,45 @@ class TokenizerConfig:
         """Inverse of to_dict; a field this version does not know is refused (BadInputError)."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise BadInputError(f"model description: unknown fields {', '.join(unknown)}; made by a newer meditok? upgrade")
+            raise BadInputError(
+                f"model description: unknown fields {', '.join(unknown)}; made by a newer meditok? upgrade"
+            )
         return cls(**values)
 
 
 PRESETS = {
-    "vitamin-small": TokenizerConfig("vitamin-small", stem_width=64, stage_widths=(64, 128), width=384, encoder_depth=14,
-                                     decoder_depth=14, decoder_widths=(128, 64)),
-    "vitamin-base": TokenizerConfig("vitamin-base", stem_width=128, stage_widths=(128, 256), width=768, encoder_depth=14,
-                                    decoder_depth=14, decoder_widths=(256, 128)),
+    "vitamin-small": TokenizerConfig(
+        "vitamin-small",
+        stem_width=64,
+        stage_widths=(64, 128),
+        width=384,
+        encoder_depth=14,
+        decoder_depth=14,
+        decoder_widths=(128, 64),
+    ),
+    "vitamin-base": TokenizerConfig(
+        "vitamin-base",
+        stem_width=128,
+        stage_widths=(128, 256),
+        width=768,
+        encoder_depth=14,
+        decoder_depth=14,
+        decoder_widths=(256, 128),
+    ),
     "vitamin-large": TokenizerConfig("vitamin-large"),
-    "tiny": TokenizerConfig("tiny", stem_width=24, stage_widths=(24, 48), stage_depths=(1, 2), width=192, encoder_depth=3,
-                            decoder_depth=4, decoder_widths=(64, 24), decoder_depths=(2, 1), expansion=2, embed_dim=0),
+    "tiny": TokenizerConfig(
+        "tiny",
+        stem_width=24,
+        stage_widths=(24, 48),
+        stage_depths=(1, 2),
+        width=192,
+        encoder_depth=3,
+        decoder_depth=4,
+        decoder_widths=(64, 24),
+        decoder_depths=(2, 1),
+        expansion=2,
+        embed_dim=0,
+    ),
 }
 
 

@@ -40,7 +40,9 @@ def build(name: str = "vitamin-large", *, seed: int | None = None, **changes) ->
         return Tokenizer(config).eval()
 
 
-def load(name: str | os.PathLike = "tiny", *, device: str | torch.device = "auto", precision: str = "fp32") -> Tokenizer:
+def load(
+    name: str | os.PathLike = "tiny", *, device: str | torch.device = "auto", precision: str = "fp32"
+) -> Tokenizer:
     """A tokenizer in eval mode.
 
     name: a bundled preset ("tiny"), a directory written by save_pretrained, a .safetensors file, or
@@ -64,15 +66,25 @@ def pick_device(device: str | torch.device) -> torch.device:
     except RuntimeError:
         raise UsageError(f"device {device!r}: unknown; use auto, cpu, cuda or cuda:N") from None
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise MissingPartError(f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise MissingPartError(
+            f"device {device!r}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     return target
 
 
-def from_pretrained(name, *, revision: str | None = None, local_files_only: bool = False, device="auto") -> Tokenizer:
+def from_pretrained(
+    name, *, revision: str | None = None, local_files_only: bool = False, device="auto"
+) -> Tokenizer:
     """See Tokenizer.from_pretrained."""
     if Path(name).exists():
         return load(name, device=device)
     return read_model(_download(str(name), revision, local_files_only)).to(pick_device(device)).eval()
+
+
+def bundled() -> dict[str, Path]:
+    """Weights that came with the package: model name to safetensors file."""
+    root = Path(str(resources.files("meditok"))) / "weights"
+    return {path.parent.name: path for path in sorted(root.glob(f"*/{WEIGHTS_FILE}"))}
 
 
 def _find(name: str) -> Path:
@@ -80,32 +92,38 @@ def _find(name: str) -> Path:
     if name.startswith("hf://"):
         repository, _, revision = name.removeprefix("hf://").partition("@")
         return _download(repository, revision or None, local_files_only=False)
-    bundled = resources.files("meditok") / "weights" / name / WEIGHTS_FILE
-    if "/" not in name and bundled.is_file():
-        return Path(str(bundled))
+    if name in bundled():
+        return bundled()[name]
     path = Path(name)
     if path.is_dir():
         path = path / WEIGHTS_FILE
     if path.is_file():
         return path
-    have = ", ".join(sorted(p.name for p in (resources.files("meditok") / "weights").iterdir()))
-    raise MissingPartError(f"model {name!r}: neither a bundled model ({have}) nor a directory with {WEIGHTS_FILE} nor a "
-                           ".safetensors file; published checkpoints come in through `meditok convert`")
+    raise MissingPartError(
+        f"model {name!r}: neither a bundled model ({', '.join(bundled())}) nor a directory with {WEIGHTS_FILE} nor a "
+        ".safetensors file; published checkpoints come in through `meditok convert`"
+    )
 
 
 def _download(repository: str, revision: str | None, local_files_only: bool) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise MissingPartError(f"model hf://{repository}: needs huggingface_hub; pip install 'meditok[hub]'") from None
+        raise MissingPartError(
+            f"model hf://{repository}: needs huggingface_hub; pip install 'meditok[hub]'"
+        ) from None
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, local_files_only=local_files_only))
+        return Path(
+            hf_hub_download(repository, WEIGHTS_FILE, revision=revision, local_files_only=local_files_only)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise MissingPartError(f"model hf://{repository}: {WEIGHTS_FILE} could not be fetched ({reason}); "
-                               "check name, revision and network, or give a local directory") from None
+        raise MissingPartError(
+            f"model hf://{repository}: {WEIGHTS_FILE} could not be fetched ({reason}); "
+            "check name, revision and network, or give a local directory"
+        ) from None
 
 
 def read_model(path: Path) -> Tokenizer:
@@ -115,8 +133,10 @@ def read_model(path: Path) -> Tokenizer:
         with safe_open(path, framework="pt") as file:
             description = (file.metadata() or {}).get("meditok")
             if description is None:
-                raise BadInputError(f"{path}: no meditok description in its header; make it with `meditok convert` or "
-                                    "save_pretrained")
+                raise BadInputError(
+                    f"{path}: no meditok description in its header; make it with `meditok convert` or "
+                    "save_pretrained"
+                )
             config = parse_description(description, path)
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
@@ -127,14 +147,18 @@ def read_model(path: Path) -> Tokenizer:
 def check_safetensors(path: Path) -> None:
     """Refuse pickles and headers that claim more than the file holds, before anything is read or allocated."""
     if path.suffix.lower() in _PICKLES:
-        raise UnsafeFileError(f"{path}: pickled checkpoints may run code and are not loaded; "
-                              f"run `meditok convert {path.name} {path.stem}.safetensors` first")
+        raise UnsafeFileError(
+            f"{path}: pickled checkpoints may run code and are not loaded; "
+            f"run `meditok convert {path.name} {path.stem}.safetensors` first"
+        )
     size = path.stat().st_size
     with open(path, "rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if size < 8 or header > min(size - 8, MAX_HEADER_BYTES):
-        raise UnsafeFileError(f"{path}: header of {header} bytes claimed in a file of {size}; not a whole safetensors file, "
-                              "copy it again, or run `meditok convert` on the original")
+        raise UnsafeFileError(
+            f"{path}: header of {header} bytes claimed in a file of {size}; not a whole safetensors file, "
+            "copy it again, or run `meditok convert` on the original"
+        )
 
 
 def parse_description(text: str, path) -> TokenizerConfig:
@@ -143,9 +167,13 @@ def parse_description(text: str, path) -> TokenizerConfig:
         values = json.loads(text)
         version, config = values["format"], values["config"]
     except (ValueError, KeyError, TypeError):
-        raise BadInputError(f"{path}: unreadable meditok description in its header; convert it again") from None
+        raise BadInputError(
+            f"{path}: unreadable meditok description in its header; convert it again"
+        ) from None
     if version != FORMAT:
-        raise BadInputError(f"{path}: format {version}, this meditok reads format {FORMAT}; upgrade meditok or convert again")
+        raise BadInputError(
+            f"{path}: format {version}, this meditok reads format {FORMAT}; upgrade meditok or convert again"
+        )
     return TokenizerConfig.from_dict(config)
 
 
@@ -157,8 +185,11 @@ def model_from_state(config: TokenizerConfig, state: dict[str, torch.Tensor], wh
     expected = {key: value.shape for key, value in model.state_dict().items()}
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [f"{key} is {tuple(state[key].shape)} instead of {tuple(shape)}"
-                 for key, shape in expected.items() if key in state and state[key].shape != shape]
+    problems += [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
     if problems:
         raise BadInputError(f"{where}: weights do not fit {config.name}: " + abridged(problems))
     model.load_state_dict(state)
@@ -175,7 +206,9 @@ def abridged(lines: Iterable[str], limit: int = 8) -> str:
 def write_model(model: Tokenizer, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
     """Write weights and description to a safetensors file, atomically; dtype float32, or float16 for half the bytes."""
     description = json.dumps({"format": FORMAT, "config": model.config.to_dict()}, sort_keys=True)
-    state = {key: value.detach().cpu().to(dtype).contiguous().clone() for key, value in model.state_dict().items()}
+    state = {
+        key: value.detach().cpu().to(dtype).contiguous().clone() for key, value in model.state_dict().items()
+    }
     return write_atomic(path, save(state, metadata={"meditok": description, "format": "pt"}))
 
 
@@ -204,10 +237,16 @@ def save_pretrained(model: Tokenizer, directory: str | os.PathLike) -> None:
     directory = Path(directory)
     config = model.config
     write_model(model, directory / WEIGHTS_FILE)
-    card = (f"---\nlicence: {config.licence}\ntags: [meditok, medical-imaging, tokenizer]\n---\n# {config.name}\n\n"
-            f"A MedITok tokenizer: {config.num_codebooks} codebooks of {config.codebook_size} codes, "
-            f"{config.image_size} px. {config.intended_use}.\n\nLoad it with `meditok.load(\"{directory.name}\")`.\n"
-            f"Model hash {model.hash}, codebook hash {model.codebook_hash}.\n")
-    for name, content in ((CONFIG_FILE, config.to_dict()), (PROCESSOR_FILE, model.processor.to_dict()), ("README.md", card)):
+    card = (
+        f"---\nlicence: {config.licence}\ntags: [meditok, medical-imaging, tokenizer]\n---\n# {config.name}\n\n"
+        f"A MedITok tokenizer: {config.num_codebooks} codebooks of {config.codebook_size} codes, "
+        f'{config.image_size} px. {config.intended_use}.\n\nLoad it with `meditok.load("{directory.name}")`.\n'
+        f"Model hash {model.hash}, codebook hash {model.codebook_hash}.\n"
+    )
+    for name, content in (
+        (CONFIG_FILE, config.to_dict()),
+        (PROCESSOR_FILE, model.processor.to_dict()),
+        ("README.md", card),
+    ):
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         write_atomic(directory / name, text.encode())

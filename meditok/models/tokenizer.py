@@ -23,7 +23,10 @@ from .vitamin import Decoder, Encoder, init_weights
 if TYPE_CHECKING:
     from ..data import MedicalImage, Processor
 
-STABLE_CHUNK = {"cpu": 1, "cuda": 16}  # images per pass in stable mode: fixed, so that no result depends on the batch
+STABLE_CHUNK = {
+    "cpu": 1,
+    "cuda": 16,
+}  # images per pass in stable mode: fixed, so that no result depends on the batch
 
 
 class TrainingOutput(NamedTuple):
@@ -52,8 +55,9 @@ class Tokenizer(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.encoder = Encoder(config)
         self.quant_proj = self._projection(config.width, config.code_width)
-        self.quantizer = MultiCodebookQuantizer(config.num_codebooks, config.codebook_size, config.code_dim,
-                                                config.commitment_weight)
+        self.quantizer = MultiCodebookQuantizer(
+            config.num_codebooks, config.codebook_size, config.code_dim, config.commitment_weight
+        )
         self.post_quant_proj = self._projection(config.code_width, config.width)
         self.decoder = Decoder(config)
         if config.embed_dim:
@@ -63,7 +67,9 @@ class Tokenizer(nn.Module):
     def _projection(self, in_width: int, out_width: int) -> nn.Module:
         if self.config.projection == "linear":
             return nn.Linear(in_width, out_width)
-        block = BottleneckBlock(in_width, out_width, self.config.heads, causal=self.config.attention == "causal")
+        block = BottleneckBlock(
+            in_width, out_width, self.config.heads, causal=self.config.attention == "causal"
+        )
         return block.apply(init_weights)
 
     # -- the chain, stage by stage -------------------------------------------------------------------------------
@@ -94,8 +100,13 @@ class Tokenizer(nn.Module):
         post = self._post(quantized.z)
         features = scale = None
         if self.config.embed_dim:
-            features, scale = F.normalize(self.projection(self.fc_norm(post.mean(1))), dim=-1), self.logit_scale.exp()
-        return TrainingOutput(self._decode(post, grid), quantized.ids, quantized.loss, quantized.usage, features, scale)
+            features, scale = (
+                F.normalize(self.projection(self.fc_norm(post.mean(1))), dim=-1),
+                self.logit_scale.exp(),
+            )
+        return TrainingOutput(
+            self._decode(post, grid), quantized.ids, quantized.loss, quantized.usage, features, scale
+        )
 
     # -- public calls --------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -110,15 +121,18 @@ class Tokenizer(nn.Module):
         return self._in_chunks(lambda x: self.quantizer.assign(self._code(self._encode(x))), images, stable)
 
     @torch.no_grad()
-    def detokenize(self, tokens: torch.Tensor, grid: tuple[int, int] | None = None, *, stable: bool = False) -> torch.Tensor:
+    def detokenize(
+        self, tokens: torch.Tensor, grid: tuple[int, int] | None = None, *, stable: bool = False
+    ) -> torch.Tensor:
         """Tokens (B, G, N) to images (B, 3, 16h, 16w) float32 in [-1, 1]; grid=(h, w) is needed where N is no square.
 
         TokenShapeError: another rank, number of codebooks or grid; TokenRangeError: ids outside 0..K-1.
         """
         tokens = as_ids(tokens, self.config, self.device)
         grid = square_grid(tokens.shape[2], grid)
-        return self._in_chunks(lambda t: self._decode(self._post(self.quantizer.lookup(t)), grid).clamp(-1, 1),
-                               tokens, stable)
+        return self._in_chunks(
+            lambda t: self._decode(self._post(self.quantizer.lookup(t)), grid).clamp(-1, 1), tokens, stable
+        )
 
     def reconstruct(self, images: torch.Tensor, *, stable: bool = False) -> torch.Tensor:
         """detokenize(tokenize(images)), bit for bit; (B, 3, H, W) float32 in [-1, 1]."""
@@ -141,7 +155,9 @@ class Tokenizer(nn.Module):
             raise UsageError(f"latents: stage {stage!r} is unknown; choose encoder, code or post")
         if x.ndim == 3:
             if stage == "encoder":
-                raise UsageError("latents: tokens hold no encoder states; give images, or stage 'code' or 'post'")
+                raise UsageError(
+                    "latents: tokens hold no encoder states; give images, or stage 'code' or 'post'"
+                )
             tokens = as_ids(x, self.config, self.device)
         elif stage == "encoder":
             return self._encode(as_images(x, self.device))
@@ -157,14 +173,18 @@ class Tokenizer(nn.Module):
         MissingPartError where the model was made without an alignment head.
         """
         if not self.config.embed_dim:
-            raise MissingPartError(f"embed: model {self.config.name} has no text-aligned space (embed_dim 0); "
-                                   "use features(), or load a model trained with alignment")
+            raise MissingPartError(
+                f"embed: model {self.config.name} has no text-aligned space (embed_dim 0); "
+                "use features(), or load a model trained with alignment"
+            )
         post = self.latents(images, "post")
         return F.normalize(self.projection(self.fc_norm(post.mean(1))), dim=-1)
 
     def embed_text(self, text: list[str]) -> torch.Tensor:
         """Unit vectors (B, E) of texts. MissingPartError: no text tower is part of this model."""
-        raise MissingPartError(f"embed_text: model {self.config.name} holds no text tower; only images can be embedded")
+        raise MissingPartError(
+            f"embed_text: model {self.config.name} holds no text tower; only images can be embedded"
+        )
 
     @torch.no_grad()
     def features(self, images: torch.Tensor | MedicalImage | list[MedicalImage]) -> torch.Tensor:
@@ -177,17 +197,21 @@ class Tokenizer(nn.Module):
         batch = self.processor(images)
         hidden = self.latents(batch["pixel_values"], "encoder")
         grid = batch["pixel_values"].shape[-2] // PATCH, batch["pixel_values"].shape[-1] // PATCH
-        weights = torch.stack([unpadded_positions(g.pad, grid) for g in batch["geometry"]]).to(hidden)  # (B, N)
+        weights = torch.stack([unpadded_positions(g.pad, grid) for g in batch["geometry"]]).to(
+            hidden
+        )  # (B, N)
         return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
 
-    def _in_chunks(self, run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, stable: bool) -> torch.Tensor:
+    def _in_chunks(
+        self, run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, stable: bool
+    ) -> torch.Tensor:
         if not stable or not len(batch):
             return run(batch)
         size = STABLE_CHUNK.get(batch.device.type, 1)
         parts = []
         for chunk in batch.split(size):
             padded = torch.cat([chunk, chunk[:1].expand(size - len(chunk), *chunk.shape[1:])])
-            parts.append(run(padded)[:len(chunk)])
+            parts.append(run(padded)[: len(chunk)])
         return torch.cat(parts)
 
     # -- description ---------------------------------------------------------------------------------------------
@@ -217,8 +241,11 @@ class Tokenizer(nn.Module):
         """64 hex digits: SHA-256 of every weight (usage statistics left out) and of what changes the arithmetic."""
         versions = tuple(p._version for p in self.parameters())
         if getattr(self, "_hash", (None,))[0] != versions:
-            digest = hashlib.sha256(json.dumps({"projection": self.config.projection,
-                                                "attention": self.config.attention}, sort_keys=True).encode())
+            digest = hashlib.sha256(
+                json.dumps(
+                    {"projection": self.config.projection, "attention": self.config.attention}, sort_keys=True
+                ).encode()
+            )
             for key, value in sorted(self.state_dict().items()):
                 if not key.endswith("vocab_usage"):
                     digest.update(f"{key}{tuple(value.shape)}".encode())
@@ -233,7 +260,9 @@ class Tokenizer(nn.Module):
         save_pretrained(self, directory)
 
     @classmethod
-    def from_pretrained(cls, name, *, revision: str | None = None, local_files_only: bool = False, device="auto") -> Tokenizer:
+    def from_pretrained(
+        cls, name, *, revision: str | None = None, local_files_only: bool = False, device="auto"
+    ) -> Tokenizer:
         """Load a directory written by save_pretrained, or a Hugging Face repository (extra `hub`)."""
         from .files import from_pretrained
 
@@ -244,7 +273,7 @@ def unpadded_positions(pad: tuple[int, int, int, int], grid: tuple[int, int]) ->
     """(N,) float: 1 where a token covers at least one pixel of the image; pad is top, bottom, left, right in pixels."""
     top, bottom, left, right = (max(0, p) // PATCH for p in pad)
     mask = torch.zeros(grid)
-    mask[top:grid[0] - bottom, left:grid[1] - right] = 1
+    mask[top : grid[0] - bottom, left : grid[1] - right] = 1
     if not mask.any():
         raise TokenShapeError(f"padding {tuple(pad)} covers the whole {grid[0]} x {grid[1]} grid")
     return mask.flatten()

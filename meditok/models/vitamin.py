@@ -55,8 +55,9 @@ class ConvStages(nn.Module):
         w1, w2 = c.stage_widths
         d1, d2 = c.stage_depths
         self.stem = Stem(c.stem_width)
-        self.stages = nn.Sequential(_stage(c.stem_width, w1, d1, "down", c.expansion),
-                                    _stage(w1, w2, d2, "down", c.expansion))
+        self.stages = nn.Sequential(
+            _stage(c.stem_width, w1, d1, "down", c.expansion), _stage(w1, w2, d2, "down", c.expansion)
+        )
         self.pool = StridedConv(w2, c.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,9 @@ class ProjectionAttention(nn.Module):
         super().__init__()
         wide = max(in_width, out_width)
         if wide % heads or (in_width % out_width and out_width % in_width):
-            raise ValueError(f"bottleneck of {in_width} -> {out_width} with {heads} heads: widths must divide each other")
+            raise ValueError(
+                f"bottleneck of {in_width} -> {out_width} with {heads} heads: widths must divide each other"
+            )
         self.heads, self.causal, self.narrowing = heads, causal, in_width > out_width
         self.out_width = out_width
         self.qkv = nn.Linear(in_width, 3 * wide, bias=False)

@@ -13,10 +13,14 @@ from .. import ops
 class Quantized(NamedTuple):
     """Result of one training pass through the quantiser."""
 
-    z: torch.Tensor  # (B, N, G*C), straight-through: values of the chosen unit rows, gradient of the normalised input
+    z: (
+        torch.Tensor
+    )  # (B, N, G*C), straight-through: values of the chosen unit rows, gradient of the normalised input
     ids: torch.Tensor  # (B, G, N) int64
     loss: torch.Tensor  # () float32, commitment and codebook terms, mean over codebooks
-    usage: torch.Tensor  # () float32, per cent of codes whose share of this batch exceeds 0.01 / K, mean over codebooks
+    usage: (
+        torch.Tensor
+    )  # () float32, per cent of codes whose share of this batch exceeds 0.01 / K, mean over codebooks
 
 
 class MultiCodebookQuantizer(nn.Module):
@@ -26,7 +30,9 @@ class MultiCodebookQuantizer(nn.Module):
     `codebooks.{i}.vocab_usage` (K,), while in memory all codebooks are one (G, K, C) tensor that the kernels take whole.
     """
 
-    def __init__(self, num_codebooks: int, codebook_size: int, code_dim: int, commitment_weight: float = 0.25):
+    def __init__(
+        self, num_codebooks: int, codebook_size: int, code_dim: int, commitment_weight: float = 0.25
+    ):
         super().__init__()
         shape = num_codebooks, codebook_size, code_dim
         self.commitment_weight = commitment_weight
@@ -60,8 +66,9 @@ class MultiCodebookQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Quantized:
         """Training pass over x (B, N, G*C); updates the running usage in training mode only."""
-        z, ids, loss, counts = ops.vq_quantize(self._pieces(x).float(), self.codebook,
-                                               commitment_weight=self.commitment_weight)
+        z, ids, loss, counts = ops.vq_quantize(
+            self._pieces(x).float(), self.codebook, commitment_weight=self.commitment_weight
+        )
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (G, K)
         if self.training:
             self._update_usage(share)
@@ -89,12 +96,17 @@ class MultiCodebookQuantizer(nn.Module):
                 if key not in state_dict:
                     missing.append(key)
                 elif state_dict[key].shape != target.shape:
-                    errors.append(f"{key}: {tuple(state_dict[key].shape)} in the file, {tuple(target.shape)} in the model")
+                    errors.append(
+                        f"{key}: {tuple(state_dict[key].shape)} in the file, {tuple(target.shape)} in the model"
+                    )
                 else:
                     with torch.no_grad():
                         target.copy_(state_dict[key])
-        known = {f"{prefix}codebooks.{i}.{leaf}" for i in range(self.codebook.shape[0])
-                 for leaf in ("vocab_usage", "codebook.weight")}
+        known = {
+            f"{prefix}codebooks.{i}.{leaf}"
+            for i in range(self.codebook.shape[0])
+            for leaf in ("vocab_usage", "codebook.weight")
+        }
         unexpected += [key for key in state_dict if key.startswith(prefix) and key not in known]
         # The published format does not store the pass count: a file with usage statistics continues as a long run.
         self._calls = 100 if self.usage.any() else 0

@@ -33,7 +33,9 @@ class Picture:
         """float32 (3, H, W) in [-1, 1]; `window` (low, high) applies to pictures in Hounsfield units only."""
         if self.pixels.ndim == 2:
             low, high = window
-            grey = torch.from_numpy(self.pixels).float().clamp(low, high).sub(low).mul(2 / (high - low)).sub(1)
+            grey = (
+                torch.from_numpy(self.pixels).float().clamp(low, high).sub(low).mul(2 / (high - low)).sub(1)
+            )
             return grey.expand(3, -1, -1)
         return torch.from_numpy(self.pixels).permute(2, 0, 1).float() / 127.5 - 1
 
@@ -44,7 +46,9 @@ def usable_rows(manifest: Path, split: str) -> list[dict]:
         rows = list(csv.DictReader(file))
     rows = [r for r in rows if r["weights_ok"] == "yes" and r["split"] == split and "#" in r["path"]]
     if not rows:
-        raise BadInputError(f"{manifest}: no row of split {split!r} with weights_ok = yes; check split and manifest")
+        raise BadInputError(
+            f"{manifest}: no row of split {split!r} with weights_ok = yes; check split and manifest"
+        )
     return rows
 
 
@@ -67,11 +71,16 @@ def read_pictures(root: Path, rows: list[dict]) -> list[Picture]:
             for member in tar:
                 if member.name in members:
                     image = Image.open(io.BytesIO(tar.extractfile(member).read()))
-                    found[f"{archive}#{member.name}"] = (np.asarray(image).astype(np.int32) - HU_OFFSET).astype(np.int16) \
-                        if image.mode.startswith("I") else np.array(image.convert("RGB"))
+                    found[f"{archive}#{member.name}"] = (
+                        (np.asarray(image).astype(np.int32) - HU_OFFSET).astype(np.int16)
+                        if image.mode.startswith("I")
+                        else np.array(image.convert("RGB"))
+                    )
     missing = [row["path"] for row in rows if row["path"] not in found]
     if missing:
-        raise BadInputError(f"{root}: {len(missing)} images of the manifest are missing, first {missing[0]}; get the whole set")
+        raise BadInputError(
+            f"{root}: {len(missing)} images of the manifest are missing, first {missing[0]}; get the whole set"
+        )
     return [Picture(row["path"], row["modality"], found[row["path"]]) for row in rows]
 
 
@@ -93,7 +102,7 @@ class Sampler:
         x = picture.values(CT_WINDOWS[random_ct_window(self.random)])
         height, width = x.shape[1:]
         top, left = (int(self.random.integers(0, s - self.crop + 1)) for s in (height, width))
-        x = x[:, top:top + self.crop, left:left + self.crop]
+        x = x[:, top : top + self.crop, left : left + self.crop]
         if self.random.random() < 0.5:
             x = x.flip(-1)
         return torch.rot90(x, int(self.random.integers(4)), (1, 2))
@@ -102,6 +111,16 @@ class Sampler:
 def describe(rows: list[dict]) -> str:
     """JSON of what a model was trained on: count and hash of the list, images per source with its licence."""
     sources = Counter((r["modality"], r["source"], r["licence"], r["licence_stated"]) for r in rows)
-    return json.dumps({"images": len(rows), "list_sha256": list_hash(rows),
-                       "sources": [dict(zip(("modality", "source", "licence", "licence_stated", "images"), (*key, n), strict=True))
-                                   for key, n in sorted(sources.items())]}, indent=1)
+    return json.dumps(
+        {
+            "images": len(rows),
+            "list_sha256": list_hash(rows),
+            "sources": [
+                dict(
+                    zip(("modality", "source", "licence", "licence_stated", "images"), (*key, n), strict=True)
+                )
+                for key, n in sorted(sources.items())
+            ],
+        },
+        indent=1,
+    )

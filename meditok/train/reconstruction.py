@@ -51,7 +51,7 @@ class Codes:
     def start(self) -> None:
         rows = torch.cat(self.recent)
         for g in range(len(self.codebook)):
-            self.codebook[g] = rows[torch.randperm(len(rows))[:self.codebook.shape[1]], g]
+            self.codebook[g] = rows[torch.randperm(len(rows))[: self.codebook.shape[1]], g]
 
     @torch.no_grad()
     def observe(self, ids: torch.Tensor, pieces: torch.Tensor) -> None:
@@ -80,7 +80,9 @@ def continuous_pass(model: Tokenizer, images: torch.Tensor, codes: Codes, noise:
     pieces = unit_pieces(model, code)
     codes.collect(pieces)
     noisy = F.normalize(pieces + noise * torch.randn_like(pieces), dim=-1)
-    return model.decoder(model.post_quant_proj(noisy.flatten(1).view_as(code)), square_grid(code.shape[1], None))
+    return model.decoder(
+        model.post_quant_proj(noisy.flatten(1).view_as(code)), square_grid(code.shape[1], None)
+    )
 
 
 @torch.no_grad()
@@ -91,8 +93,10 @@ def evaluate(model: Tokenizer, pictures: list[Picture]) -> dict[str, dict[str, f
         x = picture.values()[None]
         y = model.reconstruct(x)
         scores.setdefault(picture.modality, []).append((psnr(x[0], y[0], 2.0), ssim(x[0], y[0], 2.0)))
-    return {m: {"n": len(s), "psnr": sum(p for p, _ in s) / len(s), "ssim": sum(q for _, q in s) / len(s)}
-            for m, s in sorted(scores.items())}
+    return {
+        m: {"n": len(s), "psnr": sum(p for p, _ in s) / len(s), "ssim": sum(q for _, q in s) / len(s)}
+        for m, s in sorted(scores.items())
+    }
 
 
 def parameter_groups(model: Tokenizer) -> list[dict]:
@@ -127,7 +131,9 @@ def train(model: Tokenizer, sampler: Sampler, options: argparse.Namespace, log) 
         l1, l2 = (y - x).abs().mean(), (y - x).square().mean()
         loss = l2 + 0.2 * l1 + vq_loss
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"step {step}: loss {loss.item()} (l1 {l1.item()}, l2 {l2.item()}, vq {vq_loss.item()})")
+            raise FloatingPointError(
+                f"step {step}: loss {loss.item()} (l1 {l1.item()}, l2 {l2.item()}, vq {vq_loss.item()})"
+            )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, options.lr)
         optimizer.zero_grad(set_to_none=True)
@@ -138,8 +144,14 @@ def train(model: Tokenizer, sampler: Sampler, options: argparse.Namespace, log) 
         if quantise_from <= step < revive_until:
             codes.observe(ids, unit_pieces(model, inputs["code"]))
         if step % 50 == 0 or step == options.steps - 1:
-            log.writerow([step, *(f"{v.item():.6g}" for v in (loss, l1, l2, vq_loss)), codes.revived,
-                          f"{time.perf_counter() - began:.1f}"])
+            log.writerow(
+                [
+                    step,
+                    *(f"{v.item():.6g}" for v in (loss, l1, l2, vq_loss)),
+                    codes.revived,
+                    f"{time.perf_counter() - began:.1f}",
+                ]
+            )
             options.log_file.flush()
         if step % 500 == 499:
             write_model(average.module, options.out / "latest.safetensors")
@@ -147,7 +159,9 @@ def train(model: Tokenizer, sampler: Sampler, options: argparse.Namespace, log) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="tiny")
@@ -156,7 +170,9 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--full-size", type=int, default=256, help="side of the crops towards the end")
     parser.add_argument("--full-share", type=float, default=0.2, help="share of the steps at full size")
-    parser.add_argument("--continuous", type=float, default=0.15, help="share of the steps before quantisation starts")
+    parser.add_argument(
+        "--continuous", type=float, default=0.15, help="share of the steps before quantisation starts"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--window", type=int, default=50, help="steps after which an unused code is revived")
     parser.add_argument("--seed", type=int, default=0)

@@ -6,6 +6,7 @@ four 16-bit lanes. Only integer sums and single float32 roundings are used, so e
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -25,8 +26,10 @@ PRESETS = {"vitamin_small": "vitamin-small", "vitamin_base": "vitamin-base", "vi
 
 _LANE_SUM_STD = 65536 / math.sqrt(3)
 # Layers that feed a norm are small, so that a wrong eps shows in the answers.
-_SMALL = re.compile(r"stem\.conv[12]\.|\.conv3_1x1\.|\.pool\.proj\.|\.attn\.proj\.|\.mlp\.w2\.|quant_proj\.proj\.|"
-                    r"up_conv1\.conv\.|\.norm2\.|^encoder\.norm\.|(\.shortcut|up_conv4\.conv1)\.(.+\.)?bias$")
+_SMALL = re.compile(
+    r"stem\.conv[12]\.|\.conv3_1x1\.|\.pool\.proj\.|\.attn\.proj\.|\.mlp\.w2\.|quant_proj\.proj\.|"
+    r"up_conv1\.conv\.|\.norm2\.|^encoder\.norm\.|(\.shortcut|up_conv4\.conv1)\.(.+\.)?bias$"
+)
 
 
 def noise(name: str, shape: tuple[int, ...], std: float = 1.0, mean: float = 0.0) -> np.ndarray:
@@ -88,20 +91,30 @@ class Golden:
     def error(self, name: str, value: torch.Tensor) -> float:
         """Largest difference over the stored part, as a share of the full array's largest magnitude."""
         stats = self.meta["arrays"][name]
-        assert list(value.shape) == stats["shape"], f"{name}: {tuple(value.shape)} instead of {stats['shape']}"
+        assert list(value.shape) == stats["shape"], (
+            f"{name}: {tuple(value.shape)} instead of {stats['shape']}"
+        )
         part = value.detach().double()[tuple(slice(None, None, step) for step in stats["step"])]
         return float((part - self[name].double()).abs().max() / stats["absmax"])
 
     def model(self, attention: str = "causal") -> Tokenizer:
         """The tokenizer with the generated weights, in eval mode."""
         args = self.manifest["args"]
-        config = preset(PRESETS[args["model"]], image_size=args["img_size"], embed_dim=args["embed_dim"],
-                        codebook_size=args["vocab_size"] // args["num_codebooks"], attention=attention)
+        config = preset(
+            PRESETS[args["model"]],
+            image_size=args["img_size"],
+            embed_dim=args["embed_dim"],
+            codebook_size=args["vocab_size"] // args["num_codebooks"],
+            attention=attention,
+        )
         with torch.device("meta"):
             model = Tokenizer(config)
         model = model.to_empty(device="cpu")
-        model.load_state_dict(self.state())
+        model.load_state_dict(self.state, assign=True)  # models of one size share the generated tensors
         return model.eval()
 
+    @functools.cached_property
     def state(self) -> dict[str, torch.Tensor]:
-        return {t["key"]: torch.from_numpy(weight(t["key"], tuple(t["shape"]))) for t in self.manifest["tensors"]}
+        return {
+            t["key"]: torch.from_numpy(weight(t["key"], tuple(t["shape"]))) for t in self.manifest["tensors"]
+        }

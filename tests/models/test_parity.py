@@ -59,7 +59,7 @@ def test_generated_weights_are_the_ones_the_answers_were_made_with(golden):
     if golden.manifest["parameters"] > 1e8:
         pytest.skip("hashing is shown on the smaller sizes")
     digest = hashlib.sha256()
-    for key, value in golden.state().items():
+    for key, value in golden.state.items():
         digest.update(key.encode() + value.numpy().tobytes())
     assert digest.hexdigest() == golden.manifest["weights_sha256_seed0"]
 
@@ -86,9 +86,11 @@ def test_chain_from_image_to_image_agrees(golden, model):
 
 @torch.no_grad()
 def test_each_stage_agrees_when_fed_with_the_stored_input(golden, model):
-    stages = [("encoder_out", "quant_proj_out", model.quant_proj),
-              ("quantized", "post_quant_out", model.post_quant_proj),
-              ("post_quant_out", "decoder_raw", lambda x: model.decoder(x, (math.isqrt(x.shape[1]),) * 2))]
+    stages = [
+        ("encoder_out", "quant_proj_out", model.quant_proj),
+        ("quantized", "post_quant_out", model.post_quant_proj),
+        ("post_quant_out", "decoder_raw", lambda x: model.decoder(x, (math.isqrt(x.shape[1]),) * 2)),
+    ]
     for source, result, run in stages:
         if golden.complete(source):
             check(golden, result, run(golden[source]), CHAIN if result == "decoder_raw" else STAGE)
@@ -109,22 +111,37 @@ def test_inner_modules_agree(golden, model):
         pytest.skip("the slim copy holds no inner activations")
     middle = len(model.encoder.blocks) // 2
     backbone = model.encoder.patch_embed["backbone"]
-    inner = {"stem": backbone.stem, "stage0_block0": backbone.stages[0][0], "stage0": backbone.stages[0],
-             "stage1_block0": backbone.stages[1][0], "stage1": backbone.stages[1], "pool": backbone.pool,
-             "enc_block0_attn": model.encoder.blocks[0].attn, "enc_block0_mlp": model.encoder.blocks[0].mlp,
-             "enc_block0": model.encoder.blocks[0], "enc_block_mid": model.encoder.blocks[middle],
-             "enc_block_last": model.encoder.blocks[-1],
-             "quant_proj_attn": model.quant_proj.attn, "quant_proj_proj": model.quant_proj.proj,
-             "quant_proj_mlp": model.quant_proj.mlp, "post_quant_attn": model.post_quant_proj.attn,
-             "post_quant_proj": model.post_quant_proj.proj,
-             "dec_block0": model.decoder.blocks[0], "dec_block_last": model.decoder.blocks[-1],
-             "dec_norm": model.decoder.norm, "up_conv1": model.decoder.up_conv1,
-             "up_conv2_block0": model.decoder.up_conv2[0], "up_conv2": model.decoder.up_conv2,
-             "up_conv3": model.decoder.up_conv3}
+    inner = {
+        "stem": backbone.stem,
+        "stage0_block0": backbone.stages[0][0],
+        "stage0": backbone.stages[0],
+        "stage1_block0": backbone.stages[1][0],
+        "stage1": backbone.stages[1],
+        "pool": backbone.pool,
+        "enc_block0_attn": model.encoder.blocks[0].attn,
+        "enc_block0_mlp": model.encoder.blocks[0].mlp,
+        "enc_block0": model.encoder.blocks[0],
+        "enc_block_mid": model.encoder.blocks[middle],
+        "enc_block_last": model.encoder.blocks[-1],
+        "quant_proj_attn": model.quant_proj.attn,
+        "quant_proj_proj": model.quant_proj.proj,
+        "quant_proj_mlp": model.quant_proj.mlp,
+        "post_quant_attn": model.post_quant_proj.attn,
+        "post_quant_proj": model.post_quant_proj.proj,
+        "dec_block0": model.decoder.blocks[0],
+        "dec_block_last": model.decoder.blocks[-1],
+        "dec_norm": model.decoder.norm,
+        "up_conv1": model.decoder.up_conv1,
+        "up_conv2_block0": model.decoder.up_conv2[0],
+        "up_conv2": model.decoder.up_conv2,
+        "up_conv3": model.decoder.up_conv3,
+    }
     assert {f"dbg_{name}" for name in inner} == {name for name in golden.names if name.startswith("dbg_")}
     seen = {}
-    hooks = [module.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
-             for name, module in inner.items()]
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
+        for name, module in inner.items()
+    ]
     model.latents(golden["images"], "encoder")
     model.quant_proj(model.latents(golden["images"], "encoder"))
     model.detokenize(golden["indices"].long())
@@ -134,13 +151,8 @@ def test_inner_modules_agree(golden, model):
         check(golden, f"dbg_{name}", seen[name], CHAIN)
 
 
-def training_model(golden):
-    model = golden.model().train()
-    return model
-
-
 def test_training_pass_agrees(golden):
-    model = training_model(golden)
+    model = golden.model().train()
     with torch.no_grad():
         out = model(golden["images"])
         check(golden, "forward_img_rec", out.reconstruction, CHAIN)
@@ -158,18 +170,19 @@ def test_training_pass_agrees(golden):
 @torch.no_grad()
 def test_loss_of_every_codebook_agrees(golden, model):
     code = golden["quant_proj_out"].flatten(0, 1).unflatten(-1, (8, 8))
-    losses = [ops.vq_quantize(code[:, i:i + 1], model.codebook[i:i + 1])[2] for i in range(8)]
+    losses = [ops.vq_quantize(code[:, i : i + 1], model.codebook[i : i + 1])[2] for i in range(8)]
     check(golden, "forward_vq_loss_per_codebook", torch.stack(losses), CHAIN)
 
 
 def test_loss_and_gradients_agree(golden):
-    model = training_model(golden)
+    model = golden.model().train()
     kept = {}
 
     def keep(name):
         def hook(_module, _inputs, output):
             output.retain_grad()
             kept[name] = output
+
         return hook
 
     model.encoder.register_forward_hook(keep("encoder_out"))
@@ -219,7 +232,9 @@ def test_unitoks_full_attention_agrees(golden):
 @torch.no_grad()
 def test_bottleneck_alone_agrees(golden, name, sizes):
     block = BottleneckBlock(*sizes, causal=True)
-    state = {key: torch.from_numpy(weight(f"unit_{name}.quant_proj.{key}", tuple(value.shape)))
-             for key, value in block.state_dict().items()}
+    state = {
+        key: torch.from_numpy(weight(f"unit_{name}.quant_proj.{key}", tuple(value.shape)))
+        for key, value in block.state_dict().items()
+    }
     block.load_state_dict(state)
     check(golden, f"unit_{name}_out", block(golden[f"unit_{name}_in"]), STAGE)
