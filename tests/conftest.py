@@ -1,0 +1,44 @@
+"""Threads, seeds and the rule for skipped tests that hold for the whole suite."""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import torch
+
+ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
+_skipped: list[tuple[str, str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skipped.append((report.nodeid, reason.removeprefix("Skipped: ")))
+
+
+def unexpected_skips() -> list[tuple[str, str]]:
+    """Skips whose reason no pattern of allowed_skips.txt covers."""
+    lines = ALLOWED_SKIPS.read_text(encoding="utf-8").splitlines()
+    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [(test, reason) for test, reason in _skipped if not any(fnmatchcase(reason, p) for p in patterns)]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Under CI a skip nobody listed is a failure: a test that silently stopped running proves nothing."""
+    if os.environ.get("CI") and exitstatus == pytest.ExitCode.OK and unexpected_skips():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if unexpected := unexpected_skips():
+        terminalreporter.section("skips that tests/allowed_skips.txt does not list")
+        for test, reason in unexpected:
+            terminalreporter.write_line(f"{test}: {reason}")
