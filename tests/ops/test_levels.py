@@ -1,0 +1,148 @@
+"""Every instruction set: chosen by the environment in a fresh interpreter, or emulated where the machine lacks it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from meditok import native
+from meditok.ops import reference
+
+from .helpers import LEVELS, METRICS, ROOT, adversarial_codebooks, assert_same_ids, levels_here, near_ties, randn, run_python
+
+needs_core = pytest.mark.skipif(native.core is None, reason="the compiled core is not built")
+
+ASSIGN = """
+import torch
+from meditok import native, ops
+from meditok.ops import reference
+generator = torch.Generator().manual_seed(5)
+x, codebook = torch.randn(300, 2, 8, generator=generator), torch.randn(2, 1000, 8, generator=generator)
+for metric in ("cosine", "l2"):
+    assert torch.equal(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
+print(native.backend, native.isa)
+"""
+
+
+@needs_core
+@pytest.mark.parametrize("level", LEVELS)
+def test_each_level_by_environment(level):
+    """MEDITOK_ISA chooses the level of a fresh interpreter; one that is not there is an error naming what is."""
+    result = run_python(ASSIGN, MEDITOK_ISA=level)
+    if level in levels_here():
+        assert result.stdout.split() == ["native", level], result.stderr
+    else:
+        assert result.returncode != 0
+        message = result.stderr.strip().splitlines()[-1]
+        assert level in message and "this machine has" in message and "scalar" in message
+
+
+@needs_core
+def test_the_best_level_is_chosen_without_a_wish():
+    """No MEDITOK_ISA: the best level that is compiled and present."""
+    assert run_python(ASSIGN, MEDITOK_ISA="").stdout.split() == ["native", levels_here()[-1]]
+
+
+FORK = """
+import os, torch, warnings
+from meditok import ops
+from meditok.ops import reference
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+x, codebook = torch.randn(2000, 1, 8), torch.randn(1, 1000, 8)
+expected = ops.vq_assign(x, codebook)
+for generation in range(3):
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(ops.vq_assign(x, codebook), expected)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(ops.vq_assign(x, codebook), expected)
+print("fine")
+"""
+
+
+@needs_core
+def test_the_thread_pool_survives_fork():
+    """A forked child computes with a pool of its own, and the parent goes on with its own."""
+    result = run_python(FORK)
+    assert result.stdout.strip() == "fine", result.stderr
+
+
+PARALLEL = """
+import threading, torch
+from meditok import ops
+torch.set_num_threads(2)
+x, codebook = torch.randn(2000, 1, 8), torch.randn(1, 1000, 8)
+expected, found = ops.vq_assign(x, codebook), []
+def work():
+    for _ in range(20):
+        found.append(torch.equal(ops.vq_assign(x, codebook), expected))
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+assert len(found) == 80 and all(found)
+print("fine")
+"""
+
+
+@needs_core
+def test_callers_in_many_threads_share_the_pool():
+    """Four Python threads call at once; nobody waits forever and every answer is right."""
+    result = run_python(PARALLEL)
+    assert result.stdout.strip() == "fine", result.stderr
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """assign(x, codebook, metric, threads) through the AVX-512 source on SIMDe."""
+    header = Path("/usr/include/simde/x86/avx512.h")
+    if not header.exists():
+        pytest.skip("SIMDe is not installed (Debian package libsimde-dev)")
+    if shutil.which("g++") is None or os.uname().machine != "x86_64":
+        pytest.skip("g++ on x86_64 is needed")
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("the C++ sources are not beside the tests")
+    library = tmp_path_factory.mktemp("simde") / "libassign.so"
+    sources = ["common/isa.cpp", "common/threads.cpp", "vq/vq_scalar.cpp", "vq/vq_pack.cpp", "vq/vq_cpu.cpp"]
+    paths = [ROOT / "csrc" / name for name in [*sources, "vq/vq_avx512.cpp"]]
+    flags = "-std=c++17 -O1 -fPIC -shared -pthread -mavx2 -mfma -ffp-contract=off -DMEDITOK_SIMDE".split()
+    command = ["g++", *flags, "-DMEDITOK_HAVE_AVX512", f"-I{ROOT / 'csrc'}", ROOT / "tests/ops/simde_assign.cpp"]
+    result = subprocess.run([*command, *paths, "-o", library], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    entry = ctypes.CDLL(str(library)).assign
+    entry.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_long] * 4 + [ctypes.c_int] * 2 + [ctypes.c_void_p]
+
+    def assign(x, codebook, metric, threads=1):
+        x, codebook = x.contiguous(), codebook.contiguous()
+        ids = torch.empty(x.shape[:2], dtype=torch.int64)
+        sizes = (*x.shape[:2], codebook.shape[1], x.shape[2])
+        code = METRICS.index(metric)
+        assert entry(x.data_ptr(), codebook.data_ptr(), *sizes, code, threads, ids.data_ptr()) == 0
+        return ids
+
+    return assign
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_avx512_source_gives_the_same_ids(emulated, metric):
+    """Shapes around the tile edges, adversarial codebooks and near ties through the emulated AVX-512 file."""
+    for rows, codes, width in [(1, 1, 1), (7, 33, 3), (8, 257, 8), (9, 4099, 8), (17, 100, 40), (50, 1025, 4)]:
+        x, codebook = randn(rows, 2, width), randn(2, codes, width, seed=1)
+        expected = reference.vq_assign(x, codebook, metric=metric)
+        assert_same_ids(emulated(x, codebook, metric), expected, f"{rows} {codes} {width}")
+    ordinary = randn(40, 1, 8, seed=3)
+    x = torch.cat([ordinary, torch.zeros(1, 1, 8), ordinary * 1e20, torch.full((1, 1, 8), torch.nan)])
+    for name, codebook in adversarial_codebooks(333, 8).items():
+        assert_same_ids(emulated(x, codebook, metric), reference.vq_assign(x, codebook, metric=metric), name)
+    for seed in range(4):
+        x, codebook = near_ties(300, 8, seed)
+        x = x.repeat(20, 1, 1)
+        expected = reference.vq_assign(x, codebook, metric=metric)
+        for threads in (1, 2, 3):
+            assert_same_ids(emulated(x, codebook, metric, threads), expected, "near ties")
