@@ -194,12 +194,13 @@ class Tokenizer(nn.Module):
         """
         if isinstance(images, torch.Tensor):
             return self.latents(images, "encoder").mean(1)
+        from ..data.fit import unpadded_mask
+
         batch = self.processor(images)
-        hidden = self.latents(batch["pixel_values"], "encoder")
-        grid = batch["pixel_values"].shape[-2] // PATCH, batch["pixel_values"].shape[-1] // PATCH
-        weights = torch.stack([unpadded_positions(g.pad, grid) for g in batch["geometry"]]).to(
-            hidden
-        )  # (B, N)
+        pixels = batch["pixel_values"]
+        masks = [unpadded_mask(geometry, *pixels.shape[-2:], PATCH).flatten() for geometry in batch["geometry"]]
+        weights = torch.stack(masks).to(self.device, torch.float32)  # (B, N)
+        hidden = self.latents(pixels, "encoder")
         return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
 
     def _in_chunks(
@@ -267,16 +268,6 @@ class Tokenizer(nn.Module):
         from .files import from_pretrained
 
         return from_pretrained(name, revision=revision, local_files_only=local_files_only, device=device)
-
-
-def unpadded_positions(pad: tuple[int, int, int, int], grid: tuple[int, int]) -> torch.Tensor:
-    """(N,) float: 1 where a token covers at least one pixel of the image; pad is top, bottom, left, right in pixels."""
-    top, bottom, left, right = (max(0, p) // PATCH for p in pad)
-    mask = torch.zeros(grid)
-    mask[top : grid[0] - bottom, left : grid[1] - right] = 1
-    if not mask.any():
-        raise TokenShapeError(f"padding {tuple(pad)} covers the whole {grid[0]} x {grid[1]} grid")
-    return mask.flatten()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

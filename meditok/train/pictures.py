@@ -40,15 +40,15 @@ class Picture:
         return torch.from_numpy(self.pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def usable_rows(manifest: Path, split: str) -> list[dict]:
-    """Rows of a manifest's tar members in `split` whose licence allows weights to be published, in file order."""
+def manifest_rows(manifest: Path, split: str, *, publishable: bool) -> list[dict]:
+    """Rows of a manifest's tar members in `split`, in file order; `publishable` keeps those whose licence lets weights
+    made from them be published (weights_ok = yes).
+    """
     with open(manifest, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    rows = [r for r in rows if r["weights_ok"] == "yes" and r["split"] == split and "#" in r["path"]]
+        rows = [r for r in csv.DictReader(file) if r["split"] == split and "#" in r["path"]]
+    rows = [r for r in rows if r["weights_ok"] == "yes" or not publishable]
     if not rows:
-        raise BadInputError(
-            f"{manifest}: no row of split {split!r} with weights_ok = yes; check split and manifest"
-        )
+        raise BadInputError(f"{manifest}: no usable row of split {split!r}; check split and manifest")
     return rows
 
 

@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..evaluate.metrics import psnr, ssim
 from ..models.checks import square_grid
 from ..models.files import build, write_model
 from ..models.tokenizer import Tokenizer
-from .pictures import Picture, Sampler, describe, read_pictures, usable_rows
+from .pictures import Sampler, describe, manifest_rows, read_pictures
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -83,20 +82,6 @@ def continuous_pass(model: Tokenizer, images: torch.Tensor, codes: Codes, noise:
     return model.decoder(
         model.post_quant_proj(noisy.flatten(1).view_as(code)), square_grid(code.shape[1], None)
     )
-
-
-@torch.no_grad()
-def evaluate(model: Tokenizer, pictures: list[Picture]) -> dict[str, dict[str, float]]:
-    """Mean PSNR (dB) and SSIM per modality on whole pictures, in [-1, 1], CT in the default window."""
-    scores: dict[str, list[tuple[float, float]]] = {}
-    for picture in pictures:
-        x = picture.values()[None]
-        y = model.reconstruct(x)
-        scores.setdefault(picture.modality, []).append((psnr(x[0], y[0], 2.0), ssim(x[0], y[0], 2.0)))
-    return {
-        m: {"n": len(s), "psnr": sum(p for p, _ in s) / len(s), "ssim": sum(q for _, q in s) / len(s)}
-        for m, s in sorted(scores.items())
-    }
 
 
 def parameter_groups(model: Tokenizer) -> list[dict]:
@@ -178,7 +163,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    rows = usable_rows(options.data / "manifest.csv", "train")
+    rows = manifest_rows(options.data / "manifest.csv", "train", publishable=True)
     sampler = Sampler(read_pictures(options.data, rows), options.crop, options.seed)
     model = build(options.preset)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,67 @@
+"""The model in the wheel loads, reconstructs, and says what it was made from."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import meditok
+from meditok.evaluate.metrics import psnr
+from meditok.models.files import bundled
+from meditok.train.pictures import list_hash, manifest_rows
+
+DATA = Path(os.environ.get("MEDITOK_SHARED", Path(__file__).parents[3] / "shared")) / "data"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return meditok.load("tiny")
+
+
+def test_every_bundled_model_has_a_card_a_licence_and_its_training_list():
+    assert bundled()
+    for weights in bundled().values():
+        for name in ("README.md", "LICENSE.md", "data.json", "log.csv"):
+            assert (weights.parent / name).stat().st_size > 0, f"{weights.parent.name}: no {name}"
+
+
+def test_the_bundled_model_is_small_described_and_in_evaluation_mode(tiny):
+    assert 5e6 < bundled()["tiny"].stat().st_size < 8.5e6
+    config = tiny.config
+    assert (config.num_codebooks, config.codebook_size, config.code_dim, config.image_size) == (8, 4096, 8, 256)
+    assert "not a medical device" in config.intended_use and config.licence != "unstated"
+    assert not tiny.training and tiny.device.type in ("cpu", "cuda")
+
+
+def test_the_card_names_the_hashes_of_the_weights_it_describes(tiny):
+    card = (bundled()["tiny"].parent / "README.md").read_text()
+    data = json.loads((bundled()["tiny"].parent / "data.json").read_text())
+    assert tiny.hash in card and tiny.codebook_hash in card and data["list_sha256"] in card
+
+
+def test_every_source_of_the_training_images_is_attributed():
+    folder = bundled()["tiny"].parent
+    licence = (folder / "LICENSE.md").read_text()
+    for source in json.loads((folder / "data.json").read_text())["sources"]:
+        assert source["source"].split(" ")[0] in licence, source
+
+
+def test_the_training_list_is_what_the_manifest_allows():
+    if not DATA.is_dir():
+        pytest.skip("manifest.csv of the training images is not here; set MEDITOK_SHARED")
+    rows = manifest_rows(DATA / "manifest.csv", "train", publishable=True)
+    recorded = json.loads((bundled()["tiny"].parent / "data.json").read_text())
+    assert (len(rows), list_hash(rows)) == (recorded["images"], recorded["list_sha256"])
+
+
+def test_an_image_it_never_saw_comes_back_recognisably(tiny):
+    from skimage import data, transform
+
+    image = transform.resize(data.immunohistochemistry(), (256, 256), anti_aliasing=True)
+    x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()[None] * 2 - 1
+    assert psnr(x[0], tiny.reconstruct(x)[0].cpu(), 2.0) > 18
