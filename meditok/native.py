@@ -126,7 +126,7 @@ def report() -> dict[str, Any]:
         },
         "cuda": {
             "compiled": bool(cuda["compiled"]),
-            "architectures": [name for name in cuda["architectures"].split(";") if name],
+            "architectures": [name for name in cuda["architectures"].split(",") if name],
             "driver_found": _cuda_version(cuda["driver"]) if cuda["driver"] else None,
             "driver_needed": _cuda_version(cuda["driver_needed"]) if cuda["driver_needed"] else None,
             "usable": not problem,

@@ -55,6 +55,8 @@ void bind_vq(py::module_& module) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
     using I = int64_t;
     using A = Address;
+    module.def("vq_packed_bytes",
+               [](I groups, I codes, I width) { return packed_layout(groups, codes, width).total_bytes; });
     module.def(
         "vq_pack",
         [](A data, int type, I groups, I codes, I width, I s0, I s1, I s2, int metric, A packed, int threads) {

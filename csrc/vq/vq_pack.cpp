@@ -64,15 +64,12 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
     Seen seen(codebook.codes);
 
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-        reach[tile] = 0.0f;
         for (int64_t lane = 0; lane < kTileCodes; ++lane) {
             const int64_t code = tile * kTileCodes + lane;
             float* column = tiles + tile * width * kTileCodes + lane;  // element i at column[i * 32]
             float& code_bias = bias[code];
             float& code_radius = radius[code];
             code_bias = -std::numeric_limits<float>::infinity();
-            code_radius = 0.0f;
-            for (int64_t i = 0; i < width; ++i) column[i * kTileCodes] = 0.0f;
             if (code >= codebook.codes) continue;
 
             const double norm = canonical_norm(codes + code * codebook.code_stride, codebook.column_stride, width);
@@ -124,6 +121,7 @@ void vq_pack_cpu(const Codebook& codebook, Metric metric, unsigned char* packed,
     const PackedLayout layout = packed_layout(codebook.groups, codebook.codes, codebook.width);
     const PackedHeader header{kPackedMagic, static_cast<int64_t>(metric), codebook.groups, codebook.codes,
                               codebook.width};
+    std::memset(packed, 0, layout.total_bytes);  // the gaps too, so that equal codebooks pack to equal bytes
     std::memcpy(packed, &header, sizeof header);
     for_dtype(codebook.type, [&](auto element) {
         using T = decltype(element);

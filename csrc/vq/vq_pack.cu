@@ -79,6 +79,8 @@ void vq_pack_cuda(const Codebook& codebook, Metric metric, unsigned char* packed
     const PackedHeader header{kPackedMagic, static_cast<int64_t>(metric), codebook.groups, codebook.codes,
                               codebook.width};
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    // The gaps too, so that equal codebooks pack to equal bytes.
+    cuda_check(cudaMemsetAsync(packed, 0, layout.total_bytes, queue), "vq_pack memset");
     init_kernel<<<1, 256, 0, queue>>>(header, layout, packed);
     cuda_check(cudaGetLastError(), "vq_pack init");
     if (codebook.groups == 0 || codebook.codes == 0) return;

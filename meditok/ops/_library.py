@@ -41,8 +41,13 @@ def check_metric(metric: str) -> None:
         raise ValueError(f"metric={metric!r} is not one of 'cosine', 'l2'")
 
 
+def dtype_name(array: Any) -> str:
+    """"float32" for torch.float32 and for NumPy's float32 of either byte order."""
+    return getattr(array.dtype, "name", None) or str(array.dtype).removeprefix("torch.")
+
+
 def check_float(name: str, array: Any) -> None:
-    if str(array.dtype).removeprefix("torch.") not in FLOAT_NAMES:
+    if dtype_name(array) not in FLOAT_NAMES:
         raise DtypeError(f"{name} has dtype {array.dtype}; float32, float16, bfloat16 or float64 is needed")
 
 

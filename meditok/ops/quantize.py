@@ -17,7 +17,7 @@ from torch import Tensor
 
 from meditok.errors import DtypeError, ShapeError
 from meditok.ops import reference
-from meditok.ops._library import check_ids, check_metric, check_rank, check_same_device, kind_of, library
+from meditok.ops._library import check_ids, check_metric, check_rank, check_same_device, dtype_name, kind_of, library
 from meditok.ops.packed import split
 from meditok.ops.vq import check_assign
 
@@ -26,9 +26,9 @@ from meditok.ops.vq import check_assign
 
 def _check_quantize(x: Any, codebook: Any, metric: str, mask: Any) -> None:
     check_assign(x, codebook, metric)
-    if x.dtype != codebook.dtype:
+    if dtype_name(x) != dtype_name(codebook):
         raise DtypeError(f"x is {x.dtype} and codebook {codebook.dtype}; one dtype is needed, convert one of them")
-    if mask is not None and (str(mask.dtype).removeprefix("torch.") != "bool" or tuple(mask.shape) != (x.shape[0],)):
+    if mask is not None and (dtype_name(mask) != "bool" or tuple(mask.shape) != (x.shape[0],)):
         raise ShapeError(
             f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; bool of shape ({x.shape[0]},) is needed, True = used"
         )

@@ -23,6 +23,7 @@ from meditok.ops._library import (
     check_metric,
     check_rank,
     check_same_device,
+    dtype_name,
     kind_of,
     library,
 )
@@ -52,7 +53,7 @@ def _check_lookup(ids: Any, codebook: Any, metric: str) -> None:
         raise ShapeError(
             f"ids have shape {tuple(ids.shape)} and codebook {tuple(codebook.shape)}; (N, G) and (G, K, C) must share G"
         )
-    if str(ids.dtype).removeprefix("torch.") not in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32"):
+    if dtype_name(ids) not in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32"):
         raise DtypeError(f"ids have dtype {ids.dtype}; an integer type is needed, int64 by custom")
 
 
