@@ -61,8 +61,9 @@ class Settings:
         named = {k: v for k, v in values.items() if v is not None}
         for name, value in PRESETS.get(preset, {}).items():
             if named.setdefault(name, value) != value:
-                raise UsageError(f"preset {preset} means {name}={value}, but {name}={named[name]} was asked "
-                                 "for")
+                raise UsageError(
+                    f"preset {preset} means {name}={value}, but {name}={named[name]} was asked for"
+                )
         return cls(**named)
 
     def size_for(self, model: Tokenizer) -> int:
@@ -98,11 +99,26 @@ def describe(image: MedicalImage, row_name: str, namer: Namer, extra: dict | Non
     """The row of a fitted picture named "<relative path>#<frame>"."""
     file, _, frame = row_name.rpartition("#")
     return Description(
-        id=namer.row_id(file, int(frame)), height=image.height, width=image.width, modality=image.modality,
-        body_part=image.body_part, window=image.window, unit=image.unit, low=float(image.low),
-        high=float(image.high), channels=image.channels, source=namer.name(file),
-        volume=namer.name(image.volume), slice=image.slice, frame=image.frame, position=image.position,
-        tile=image.tile, geometry=image.geometry, steps=tuple(image.steps), extra=extra or {})
+        id=namer.row_id(file, int(frame)),
+        height=image.height,
+        width=image.width,
+        modality=image.modality,
+        body_part=image.body_part,
+        window=image.window,
+        unit=image.unit,
+        low=float(image.low),
+        high=float(image.high),
+        channels=image.channels,
+        source=namer.name(file),
+        volume=namer.name(image.volume),
+        slice=image.slice,
+        frame=image.frame,
+        position=image.position,
+        tile=image.tile,
+        geometry=image.geometry,
+        steps=tuple(image.steps),
+        extra=extra or {},
+    )
 
 
 def encode(sources: Iterable[Source], model: Tokenizer, settings: Settings, namer: Namer) -> Iterator[Result]:
@@ -116,7 +132,9 @@ def encode(sources: Iterable[Source], model: Tokenizer, settings: Settings, name
         if not item.name:
             for name, path in _files(item.source):
                 if name not in results:
-                    yield Result(name, path, error=BadInputError(f"{path}: holds no picture of the --frame asked for"))
+                    yield Result(
+                        name, path, error=BadInputError(f"{path}: holds no picture of the --frame asked for")
+                    )
             yield from (result for result in results.values() if result.error is None)
             results = {}
             continue
@@ -149,8 +167,14 @@ def _fitted(sources: Iterable[Source], size: int, settings: Settings, namer: Nam
                 continue
             extra = {column: _text(row.columns.get(column)) for column in settings.columns}
             for image in fit(row.image, size, settings.fit, multiple=PATCH):
-                yield _Item(source, name, row.path, image.pixels, describe(image, row.name, namer, extra),
-                            warnings=image.warnings)
+                yield _Item(
+                    source,
+                    name,
+                    row.path,
+                    image.pixels,
+                    describe(image, row.name, namer, extra),
+                    warnings=image.warnings,
+                )
         yield _Item(source)
 
 
@@ -190,7 +214,7 @@ def fingerprint(sources: Iterable[Source], settings: dict, namer: Namer) -> str:
     return namer.digest(digest.hexdigest())
 
 
-# -- one-line calls ----------------------------------------------------------------------------------------------
+# -- one-line calls ------------------------------------------------------------------------------------------
 def tokenize(
     inputs,
     model: str | os.PathLike | Tokenizer = "tiny",
@@ -220,8 +244,15 @@ def tokenize(
 
     if on_error not in ("fail", "skip"):
         raise UsageError(f"on_error {on_error!r}: choose fail or skip")
-    settings = Settings.of(preset, fit=fit, size=size, stable=stable, batch_size=batch_size, keep_names=keep_names,
-                           columns=tuple(columns))
+    settings = Settings.of(
+        preset,
+        fit=fit,
+        size=size,
+        stable=stable,
+        batch_size=batch_size,
+        keep_names=keep_names,
+        columns=tuple(columns),
+    )
     sources, failed = _sources(inputs, read_options(**options))
     model = as_model(model, device, precision)
     namer = Namer(keep_names=keep_names)
@@ -234,16 +265,22 @@ def tokenize(
         ids += result.ids
         rows += result.rows
     if not rows:
-        raise BadInputError(f"{inputs if isinstance(inputs, (str, os.PathLike)) else 'inputs'}: no picture "
-                            "was found")
+        raise BadInputError(
+            f"{inputs if isinstance(inputs, (str, os.PathLike)) else 'inputs'}: no picture was found"
+        )
     side = settings.size_for(model) // PATCH
     info = TokenInfo.of(model, (side, side), stable=stable)
     return Tokens(np.stack(ids), rows, info)
 
 
-def detokenize(tokens: Tokens | str | os.PathLike, model: str | os.PathLike | Tokenizer = "tiny", *,
-               device: str = "auto", precision: str = "fp32") -> list[MedicalImage]:
-    """Pictures of tokens (or of a token file): one MedicalImage a row, at native size and place, tiles joined.
+def detokenize(
+    tokens: Tokens | str | os.PathLike,
+    model: str | os.PathLike | Tokenizer = "tiny",
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+) -> list[MedicalImage]:
+    """Pictures of tokens or of a token file: a MedicalImage a row, at native size and place, tiles joined.
 
     CodebookMismatchError: made with another codebook than the model's.
     """
@@ -252,7 +289,9 @@ def detokenize(tokens: Tokens | str | os.PathLike, model: str | os.PathLike | To
 
     model = as_model(model, device, precision)
     if isinstance(tokens, Tokens):
-        return [picture.image for picture in restore(_batches(tokens), tokens.info, tokens.rows, model, "tokens")]
+        return [
+            picture.image for picture in restore(_batches(tokens), tokens.info, tokens.rows, model, "tokens")
+        ]
     with open_tokens(tokens) as reader:
         pictures = restore(reader.batches(BATCH_SIZE), reader.info, reader.descriptions(), model, str(tokens))
         return [picture.image for picture in pictures]
@@ -260,7 +299,7 @@ def detokenize(tokens: Tokens | str | os.PathLike, model: str | os.PathLike | To
 
 def _batches(tokens: Tokens):
     for start in range(0, len(tokens), BATCH_SIZE):
-        yield tokens.codes[start:start + BATCH_SIZE], tokens.rows[start:start + BATCH_SIZE]
+        yield tokens.codes[start : start + BATCH_SIZE], tokens.rows[start : start + BATCH_SIZE]
 
 
 def as_model(

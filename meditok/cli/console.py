@@ -43,7 +43,7 @@ class Console:
         self._emit("info", message, fields)
 
     def warning(self, message: str, *, name: str = "", private: bool = False) -> None:
-        """Something the user should know; `name` is the file it is about, `private` says that the text names one."""
+        """Something to know; `name` is the file it is about, `private` says that the text names a file."""
         self.warned += 1
         self._emit("warning", message, {}, name, private)
 
@@ -103,7 +103,9 @@ def run_guarded(call: Callable[[], int | None]) -> int:
             click.echo("meditok: interrupted; nothing unfinished was kept", err=True)
             return INTERRUPTED
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing to report
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # the reader left: nothing to report
             return 0
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -111,14 +113,17 @@ def run_guarded(call: Callable[[], int | None]) -> int:
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(at.filename).name}:{at.lineno}"
-            return _fail(error, f"internal error ({type(error).__name__} at {place}); this is a defect of "
-                                "meditok, "
-                                "please report it; --debug shows where", 1)
+            return _fail(
+                error,
+                f"internal error ({type(error).__name__} at {place}); this is a defect of meditok, please "
+                "report it; --debug shows where",
+                1,
+            )
 
 
 def _fail(error: BaseException, message: str, code: int) -> int:
     if console.debug:
-        # Values stay out: frames and source lines only, no messages of libraries, which may quote header values.
+        # Frames and source lines only: messages of libraries may quote header values.
         for block in traceback.format_tb(error.__traceback__):
             click.echo(block.rstrip(), err=True)
     if console.log_json:

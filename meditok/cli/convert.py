@@ -8,13 +8,18 @@ from .console import console, write_json
 from .options import speaking
 
 
-@click.command("convert", help="Turn a published checkpoint (.pth) into safetensors. The only command that "
-                               "unpickles, and "
-                               "only tensors.")
+@click.command(
+    "convert",
+    help="Turn a published checkpoint (.pth) into safetensors. The only command that "
+    "unpickles, and only tensors.",
+)
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--attention", type=click.Choice(["causal", "full"]),
-              help="causal: MedITok, full: UniTok; needed where the file does not tell.")
+@click.option(
+    "--attention",
+    type=click.Choice(["causal", "full"]),
+    help="causal: MedITok, full: UniTok; needed where the file does not tell.",
+)
 @click.option("--name", help="Name written into the description.")
 @speaking
 def command(checkpoint: str, out: str, attention: str | None, name: str | None, json_out: str | None) -> int:

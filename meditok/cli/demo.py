@@ -42,13 +42,18 @@ class Shown:
 
     def line(self) -> str:
         size = f"{self.original.height}x{self.original.width}"
-        return (f"{self.label:<15} {size:>9}  PSNR {self.psnr:5.2f} dB  SSIM {self.ssim:.3f}  "
-                f"{self.token_bytes} bytes of tokens for a file of {self.source_bytes} "
-                f"({self.source_bytes / self.token_bytes:.0f}x fewer)")
+        return (
+            f"{self.label:<15} {size:>9}  PSNR {self.psnr:5.2f} dB  SSIM {self.ssim:.3f}  {self.token_bytes} "
+            f"bytes of tokens for a file of {self.source_bytes} ({self.source_bytes / self.token_bytes:.0f}x "
+            "fewer)"
+        )
 
 
-@click.command("demo", help="Tokenise a few real scans that ship with installed packages, and show what comes back. Downloads "
-                            "nothing; writes tokens.parquet and side-by-side.png into DIR only.")
+@click.command(
+    "demo",
+    help="Tokenise a few real scans that ship with installed packages, and show what comes back. Downloads "
+    "nothing; writes tokens.parquet and side-by-side.png into DIR only.",
+)
 @click.option("-o", "--output", "out", metavar="DIR", default="meditok-demo", show_default=True)
 @opt.modelling
 @opt.speaking
@@ -70,12 +75,27 @@ def command(out: str, model: str, device: str, precision: str, json_out: str | N
     draw_sheet(shown, loaded.config.name, folder / "side-by-side.png")
     groups, codes = loaded.config.num_codebooks, loaded.config.codebook_size
     grid = shown[0].grid
-    console.info(f"each picture is {grid[0]}x{grid[1]} positions x {groups} ids of {codes}; "
-                 f"wrote {folder / 'tokens.parquet'} and {folder / 'side-by-side.png'}")
+    console.info(
+        f"each picture is {grid[0]}x{grid[1]} positions x {groups} ids of {codes}; wrote "
+        f"{folder / 'tokens.parquet'} and {folder / 'side-by-side.png'}"
+    )
     console.info("research use, not a medical device")
-    write_json(json_out, [{"label": s.label, "modality": s.original.modality, "height": s.original.height,
-                           "width": s.original.width, "psnr": s.psnr, "ssim": s.ssim,
-                           "token_bytes": s.token_bytes, "source_bytes": s.source_bytes} for s in shown])
+    write_json(
+        json_out,
+        [
+            {
+                "label": s.label,
+                "modality": s.original.modality,
+                "height": s.original.height,
+                "width": s.original.width,
+                "psnr": s.psnr,
+                "ssim": s.ssim,
+                "token_bytes": s.token_bytes,
+                "source_bytes": s.source_bytes,
+            }
+            for s in shown
+        ],
+    )
     return 0
 
 
@@ -93,7 +113,9 @@ def scans() -> Iterator[tuple[str, str | None, Path]]:
         found += 1
         yield label, modality, path
     if not found:
-        raise MissingPartError("demo: no scan found; the pictures come with pydicom and scikit-image, pip install them")
+        raise MissingPartError(
+            "demo: no scan found; the pictures come with pydicom and scikit-image, pip install them"
+        )
 
 
 def run_demo(model: Tokenizer, tokens: Path) -> Iterator[Shown]:
@@ -121,7 +143,9 @@ def run_demo(model: Tokenizer, tokens: Path) -> Iterator[Shown]:
         decoded = restore(reader.batches(1), info, reader.descriptions(), model, str(tokens))
         for (label, path, image), picture in zip(originals, decoded, strict=True):
             psnr, ssim = compare(image, picture.image)
-            yield Shown(label, image, picture.image, psnr, ssim, path.stat().st_size, -(-bits // 8), info.grid)
+            yield Shown(
+                label, image, picture.image, psnr, ssim, path.stat().st_size, -(-bits // 8), info.grid
+            )
 
 
 def compare(original: MedicalImage, decoded: MedicalImage) -> tuple[float, float]:
@@ -129,9 +153,17 @@ def compare(original: MedicalImage, decoded: MedicalImage) -> tuple[float, float
     from .._lazy import require
 
     metrics = require("skimage.metrics", purpose="PSNR and SSIM")
-    first, second = (image.pixels[:1 if original.channels == 1 else 3].double().numpy()
-                     for image in (original, decoded))
+    first, second = (
+        image.pixels[: 1 if original.channels == 1 else 3].double().numpy() for image in (original, decoded)
+    )
     psnr = metrics.peak_signal_noise_ratio(first, second, data_range=2.0)
-    ssim = metrics.structural_similarity(first, second, data_range=2.0, channel_axis=0, gaussian_weights=True,
-                                         sigma=1.5, use_sample_covariance=False)
+    ssim = metrics.structural_similarity(
+        first,
+        second,
+        data_range=2.0,
+        channel_axis=0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
     return float(psnr), float(ssim)

@@ -11,9 +11,11 @@ from . import options as opt
 from .console import console, write_json
 
 
-@click.command("detokenize", help="Turn a token file or store back into PNG pictures and NIfTI volumes. "
-                                  "Needs only that file "
-                                  "and the model.")
+@click.command(
+    "detokenize",
+    help="Turn a token file or store back into PNG pictures and NIfTI volumes. "
+    "Needs only that file and the model.",
+)
 @click.argument("tokens", metavar="TOKENS", type=click.Path())
 @click.option("-o", "--output", "out", metavar="DIR", required=True, help="Folder to write to.")
 @opt.modelling
@@ -22,8 +24,19 @@ from .console import console, write_json
 @opt.overwriting
 @opt.planning
 @opt.speaking
-def command(tokens: str, out: str, model: str, device: str, precision: str, batch_size: int, fmt: str | None,
-            values: str | None, overwrite: bool, dry_run: bool, json_out: str | None) -> int:
+def command(
+    tokens: str,
+    out: str,
+    model: str,
+    device: str,
+    precision: str,
+    batch_size: int,
+    fmt: str | None,
+    values: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    json_out: str | None,
+) -> int:
     from ..errors import UsageError
     from .jobs import load_model
 
@@ -35,7 +48,9 @@ def command(tokens: str, out: str, model: str, device: str, precision: str, batc
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: give at least 1")
     loaded = load_model(model, device, precision)
-    counts = decode_file(tokens, out, loaded, fmt, values, batch_size=batch_size, overwrite=overwrite, dry_run=dry_run)
+    counts = decode_file(
+        tokens, out, loaded, fmt, values, batch_size=batch_size, overwrite=overwrite, dry_run=dry_run
+    )
     write_json(json_out, counts)
     return 0
 
@@ -70,12 +85,16 @@ def decode_file(
             console.info(f"{len(reader)} rows would be written as {layout.volumes()} volumes and pictures")
             return {"rows": len(reader), "volumes": layout.volumes()}
         with console.progress("decoding", len(reader)) as advance:
-            for picture in restore(reader.batches(batch_size), reader.info, reader.descriptions(), model, str(tokens)):
+            for picture in restore(
+                reader.batches(batch_size), reader.info, reader.descriptions(), model, str(tokens)
+            ):
                 writer.write(picture)
                 advance(1)
         counts = {"rows": len(reader), "pictures": writer.pictures, "volumes": writer.volumes}
-    console.info(f"{counts['rows']} rows: {counts['pictures']} pictures and {counts['volumes']} volumes in "
-                 f"{out}", **counts)
+    console.info(
+        f"{counts['rows']} rows: {counts['pictures']} pictures and {counts['volumes']} volumes in {out}",
+        **counts,
+    )
     if writer.kept:
         console.info(f"{writer.kept} files were there already, byte for byte the same")
     if writer.wrote_native:

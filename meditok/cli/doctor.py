@@ -57,7 +57,7 @@ def report() -> dict:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {name: _version(name) for name in PACKAGES},
     }
-    # The kernels' own fields stand at the top: scripts ask for report["native"], report["isa"], report["cuda"].
+    # The kernels' own fields stand at the top, where scripts ask for "native", "isa" and "cuda".
     found |= kernels if "error" not in kernels else {"native": False, "why": kernels["error"]}
     found["device"] = _guarded(_device)
     found["decoders"] = _guarded(_decoders)
@@ -92,8 +92,13 @@ def _device() -> dict:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            gpus.append({"name": properties.name, "capability": f"{properties.major}.{properties.minor}",
-                         "memory_gib": round(properties.total_memory / 2**30, 1)})
+            gpus.append(
+                {
+                    "name": properties.name,
+                    "capability": f"{properties.major}.{properties.minor}",
+                    "memory_gib": round(properties.total_memory / 2**30, 1),
+                }
+            )
     return {"default": "cuda" if gpus else "cpu", "gpus": gpus, "torch_cuda": torch.version.cuda}
 
 
@@ -143,7 +148,10 @@ def _lines(values: dict, indent: str = "") -> list[str]:
         if isinstance(value, dict) and value:
             lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [f"{indent}{key}:", *(f"{indent}  {' · '.join(map(str, item.values()))}" for item in value)]
+            lines += [
+                f"{indent}{key}:",
+                *(f"{indent}  {' · '.join(map(str, item.values()))}" for item in value),
+            ]
         else:
             lines.append(f"{indent}{key:<{width}}  {_plain(value)}")
     return lines

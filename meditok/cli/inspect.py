@@ -32,8 +32,11 @@ def command(inputs: tuple[str, ...], json_out: str | None, keep_names: bool, on_
         for path, reason in found.ignored:
             click.echo(f"{path}: ignored, {reason}")
     total = scan.counts(found, records)
-    console.info(f"found {total['found']} files: {total['ok']} ok, {total['failed']} fail, {total['ignored']} ignored; "
-                 f"{total['rows']} pictures", **total)
+    console.info(
+        f"found {total['found']} files: {total['ok']} ok, {total['failed']} fail, {total['ignored']} "
+        f"ignored; {total['rows']} pictures",
+        **total,
+    )
     write_json(json_out, scan.report(found, records, namer, json_out))
     return scan.predicted_code(records, on_error)
 
@@ -44,13 +47,24 @@ def _print_table(records: list[dict]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("file", "modality", "syntax", "size", "frames", "window", "low", "high", "unit", "result"):
-        table.add_column(title, overflow="fold", justify="right" if title in ("size", "frames", "low", "high") else "left")
+        table.add_column(
+            title, overflow="fold", justify="right" if title in ("size", "frames", "low", "high") else "left"
+        )
     for record in records:
         size = f"{record['height']}x{record['width']}" if record.get("height") else ""
         low, high = (f"{record[k]:g}" if record.get(k) is not None else "" for k in ("low", "high"))
-        table.add_row(record["name"], record.get("modality") or "", record.get("syntax") or "", size,
-                      str(record["frames"] or ""), record.get("window") or "", low, high, record.get("unit") or "",
-                      record["error_type"] or "ok")
+        table.add_row(
+            record["name"],
+            record.get("modality") or "",
+            record.get("syntax") or "",
+            size,
+            str(record["frames"] or ""),
+            record.get("window") or "",
+            low,
+            high,
+            record.get("unit") or "",
+            record["error_type"] or "ok",
+        )
     # A pipe has no width: give the table all it needs, so that no cell is folded into several lines.
     console_out = Console(highlight=False)
     Console(highlight=False, width=None if console_out.is_terminal else 240).print(table)

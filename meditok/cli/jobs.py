@@ -43,11 +43,19 @@ class Tally:
         self.failures.append((name, error))
 
     def counts(self) -> dict[str, int]:
-        return {"found": self.found, "ok": self.ok, "failed": self.failed, "ignored": self.ignored, "rows": self.rows}
+        return {
+            "found": self.found,
+            "ok": self.ok,
+            "failed": self.failed,
+            "ignored": self.ignored,
+            "rows": self.rows,
+        }
 
     def sentence(self) -> str:
-        return (f"found {self.found} files: {self.ok} ok, {self.failed} failed, {self.ignored} ignored; "
-                f"{self.rows} pictures")
+        return (
+            f"found {self.found} files: {self.ok} ok, {self.failed} failed, {self.ignored} ignored; "
+            f"{self.rows} pictures"
+        )
 
 
 def find_inputs(inputs: Sequence[str], options: ReadOptions, outputs: Sequence[str] = ()) -> Discovery:
@@ -62,11 +70,13 @@ def find_inputs(inputs: Sequence[str], options: ReadOptions, outputs: Sequence[s
 
 
 def guard_outputs(inputs: Sequence[str], found: Discovery, outputs: Sequence[str]) -> None:
-    """UsageError where an output is, or lies around, a file that is read; files of earlier outputs are not counted."""
+    """UsageError where an output is, or holds, a file that is read; files of earlier outputs do not count."""
     read = [blob.path for source in found.sources for blob in source.blobs]
     for given in outputs:
         out = Path(os.path.realpath(given))
-        inside = [path for path in read if _within(path, out)] + [p for p in inputs if Path(os.path.realpath(p)) == out]
+        inside = [path for path in read if _within(path, out)] + [
+            p for p in inputs if Path(os.path.realpath(p)) == out
+        ]
         if inside:
             raise UsageError(f"{given}: is an input, or holds one ({inside[0]}); choose another output")
         found.ignored[:] = [(path, reason) for path, reason in found.ignored if not _within(path, out)]
@@ -126,8 +136,14 @@ class Job:
         )
 
 
-def start(inputs: Sequence[str], reading: ReadOptions, settings: Settings, options: dict, *,
-          outputs: Sequence[str] = ()) -> Job:
+def start(
+    inputs: Sequence[str],
+    reading: ReadOptions,
+    settings: Settings,
+    options: dict,
+    *,
+    outputs: Sequence[str] = (),
+) -> Job:
     """Find the inputs, then load the model. Errors as in find_inputs and load_model."""
     from ..tokens.keys import Namer
 
@@ -187,8 +203,9 @@ def conclude(tally: Tally) -> None:
         return
     if tally.failed:
         raise BadInputError(f"all {tally.failed} files failed; the first: {tally.failures[0][1]}")
-    raise BadInputError(f"no images found ({tally.ignored} files ignored); give files or folders that hold "
-                        "some")
+    raise BadInputError(
+        f"no images found ({tally.ignored} files ignored); give files or folders that hold some"
+    )
 
 
 def exit_code(tally: Tally) -> int:
@@ -199,8 +216,12 @@ def failure_records(tally: Tally, namer: Namer, *, names: bool = False) -> list[
     """Failures for a file: keyed hash and kind of error, the message only where names may be told."""
     records = []
     for name, error in tally.failures:
-        record = {"source": namer.name(name), "error": type(error).__name__, "exit_code": error.exit_code,
-                  "meaning": (type(error).__doc__ or "").split("\n")[0]}
+        record = {
+            "source": namer.name(name),
+            "error": type(error).__name__,
+            "exit_code": error.exit_code,
+            "meaning": (type(error).__doc__ or "").split("\n")[0],
+        }
         if names or namer.keep_names:
             record |= {"name": name, "message": str(error)}
         records.append(record)

@@ -16,12 +16,14 @@ def _together(*decorators: Callable) -> Callable:
         for decorator in reversed(decorators):
             function = decorator(function)
         return function
+
     return decorate
 
 
 def _speak(name: str) -> Callable:
     def callback(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         setattr(console, name, value)
+
     return callback
 
 
@@ -35,8 +37,7 @@ reading = _together(
         "--modality",
         metavar="CODE",
         help="For files that do not state it: ct, mr, us, xr, mg, nm, "
-        "pt, fundus, "
-        "endoscopy, dermoscopy, histology, microscopy, oct, other.",
+        "pt, fundus, endoscopy, dermoscopy, histology, microscopy, oct, other.",
     ),
     click.option(
         "--window",
@@ -115,11 +116,17 @@ batching = _together(
 )
 
 exporting = _together(
-    click.option("--as", "fmt", type=click.Choice(["png", "png16", "nifti", "npy"]),
-                 help="Format.  [default: NIfTI for volumes, PNG for other pictures]"),
-    click.option("--values", type=click.Choice(["display", "native"]),
-                 help="8-bit display values, or the source's unit.  [default: native in NIfTI and npy, else "
-                      "display]"),
+    click.option(
+        "--as",
+        "fmt",
+        type=click.Choice(["png", "png16", "nifti", "npy"]),
+        help="Format.  [default: NIfTI for volumes, PNG for other pictures]",
+    ),
+    click.option(
+        "--values",
+        type=click.Choice(["display", "native"]),
+        help="8-bit display values, or the source's unit.  [default: native in NIfTI and npy, else display]",
+    ),
 )
 
 naming = _together(
@@ -129,20 +136,44 @@ naming = _together(
     click.option("--keep-names", is_flag=True, help="Write names and paths instead of keyed hashes."),
 )
 
-failing = click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
-                       help="Stop at the first failing input, or list it and go on.")
+failing = click.option(
+    "--on-error",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="Stop at the first failing input, or list it and go on.",
+)
 overwriting = click.option("--overwrite", is_flag=True, help="Replace an output that is there.")
-planning = click.option("--dry-run", is_flag=True, help="Read everything, write nothing, say what would "
-                                                        "fail.")
+planning = click.option(
+    "--dry-run", is_flag=True, help="Read everything, write nothing, say what would fail."
+)
 
 speaking = _together(
     click.option("--json", "json_out", metavar="FILE", help="Write a report as JSON (- for stdout)."),
-    click.option("--log-json", is_flag=True, expose_value=False, callback=_speak("log_json"), is_eager=True,
-                 help="Log lines on stderr as JSON, without names."),
-    click.option("--quiet", is_flag=True, expose_value=False, callback=_speak("quiet"), is_eager=True,
-                 help="Only warnings and errors."),
-    click.option("--debug", is_flag=True, expose_value=False, callback=_speak("debug"), is_eager=True,
-                 help="Show where an error came from."),
+    click.option(
+        "--log-json",
+        is_flag=True,
+        expose_value=False,
+        callback=_speak("log_json"),
+        is_eager=True,
+        help="Log lines on stderr as JSON, without names.",
+    ),
+    click.option(
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=_speak("quiet"),
+        is_eager=True,
+        help="Only warnings and errors.",
+    ),
+    click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_speak("debug"),
+        is_eager=True,
+        help="Show where an error came from.",
+    ),
 )
 
 

@@ -13,9 +13,11 @@ from .console import write_json
 from .scan import rehearse
 
 
-@click.command("reconstruct", help="Turn images into tokens and straight back: what the model keeps of them. "
-                                   "Same files as "
-                                   "tokenize followed by detokenize.")
+@click.command(
+    "reconstruct",
+    help="Turn images into tokens and straight back: what the model keeps of them. "
+    "Same files as tokenize followed by detokenize.",
+)
 @click.argument("inputs", nargs=-1, required=True, metavar="IN...")
 @click.option("-o", "--output", "out", metavar="DIR", help="Folder to write to.")
 @opt.modelling
@@ -49,8 +51,15 @@ def command(inputs: tuple[str, ...], out: str | None, json_out: str | None, dry_
         with TokenWriter(tokens, job.info, settings.columns) as writer:
             tally = jobs.tokenize_into(writer.write, job)
         os.makedirs(out, exist_ok=True)
-        written = decode_file(tokens, out, job.model, options["fmt"], options["values"], batch_size=settings.batch_size,
-                              overwrite=options["overwrite"])
+        written = decode_file(
+            tokens,
+            out,
+            job.model,
+            options["fmt"],
+            options["values"],
+            batch_size=settings.batch_size,
+            overwrite=options["overwrite"],
+        )
     if tally.failed:
         write_failures(out, jobs.failure_records(tally, job.namer))
     write_json(json_out, jobs.report_of(tally, job, json_out) | written)

@@ -11,14 +11,39 @@ if TYPE_CHECKING:
     from ..tokens.keys import Namer
     from .jobs import Job
 
-TEXT_FIELDS = ("modality", "syntax", "height", "width", "frames", "window", "low", "high", "unit", "steps", "warnings",
-               "error", "error_type", "exit_code")
+TEXT_FIELDS = (
+    "modality",
+    "syntax",
+    "height",
+    "width",
+    "frames",
+    "window",
+    "low",
+    "high",
+    "unit",
+    "steps",
+    "warnings",
+    "error",
+    "error_type",
+    "exit_code",
+)
 
 
 def scan(found: Discovery) -> list[dict]:
     """One record a file, as Source.probe gives them, those that failed already included."""
-    records = [{"name": str(path), "path": str(path), "frames": 0, "steps": [], "warnings": [], "error": str(error),
-                "error_type": type(error).__name__, "exit_code": error.exit_code} for path, error in found.failed]
+    records = [
+        {
+            "name": str(path),
+            "path": str(path),
+            "frames": 0,
+            "steps": [],
+            "warnings": [],
+            "error": str(error),
+            "error_type": type(error).__name__,
+            "exit_code": error.exit_code,
+        }
+        for path, error in found.failed
+    ]
     with console.progress("reading", len(found.sources)) as advance:
         for source in found.sources:
             records += source.probe()
@@ -30,8 +55,13 @@ def counts(found: Discovery, records: list[dict]) -> dict[str, int]:
     """Files found = ok + failed + ignored, and pictures."""
     failed = sum(1 for record in records if record["error"])
     rows = sum(record["frames"] for record in records if not record["error"])
-    return {"found": len(records) + len(found.ignored), "ok": len(records) - failed, "failed": failed,
-            "ignored": len(found.ignored), "rows": rows}
+    return {
+        "found": len(records) + len(found.ignored),
+        "ok": len(records) - failed,
+        "failed": failed,
+        "ignored": len(found.ignored),
+        "rows": rows,
+    }
 
 
 def predicted_code(records: list[dict], on_error: str) -> int:
@@ -54,8 +84,11 @@ def rehearse(job: Job, json_out: str | None) -> int:
         if record["error"]:
             console.warning(f"would fail: {record['error']}", private=True)
     found = counts(job.found, records)
-    console.info(f"dry run: found {found['found']} files: {found['ok']} ok, {found['failed']} would fail, "
-                 f"{found['ignored']} ignored; {found['rows']} pictures; nothing was written", **found)
+    console.info(
+        f"dry run: found {found['found']} files: {found['ok']} ok, {found['failed']} would fail, "
+        f"{found['ignored']} ignored; {found['rows']} pictures; nothing was written",
+        **found,
+    )
     write_json(json_out, report(job.found, records, job.namer, json_out))
     return predicted_code(records, job.on_error)
 
@@ -72,5 +105,7 @@ def report(found: Discovery, records: list[dict], namer: Namer, json_out: str | 
             shown.pop("error")
             shown["warnings"] = len(record["warnings"])
         files.append(shown)
-    ignored = [{"path": path, "reason": reason} if told else {"reason": reason} for path, reason in found.ignored]
+    ignored = [
+        {"path": path, "reason": reason} if told else {"reason": reason} for path, reason in found.ignored
+    ]
     return counts(found, records) | {"files": files, "ignored_files": ignored}

@@ -28,8 +28,13 @@ def draw_sheet(shown: list[Shown], model: str, path: Path) -> None:
     draw = ImageDraw.Draw(sheet)
     grid = shown[0].grid
     draw.text((MARGIN, MARGIN - 6), f"meditok demo: model {model}", INK, _font(26))
-    draw.text((MARGIN, MARGIN + 30), f"Above: the scan in its window. Below: decoded from {grid[0]} x {grid[1]} x 8 token "
-              f"ids ({shown[0].token_bytes} bytes). Research use, not a medical device.", FAINT, _font(15))
+    draw.text(
+        (MARGIN, MARGIN + 30),
+        f"Above: the scan in its window. Below: decoded from {grid[0]} x {grid[1]} x 8 token ids "
+        f"({shown[0].token_bytes} bytes). Research use, not a medical device.",
+        FAINT,
+        _font(15),
+    )
     top = MARGIN + HEADER
     for row, label in enumerate(("original", "from tokens")):
         y = top + row * (CELL + GAP)
@@ -46,7 +51,12 @@ def draw_sheet(shown: list[Shown], model: str, path: Path) -> None:
             sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
         y = top + 2 * CELL + GAP + 10
         draw.text((x, y), f"PSNR {item.psnr:.1f} dB   SSIM {item.ssim:.3f}", INK, _font(16))
-        draw.text((x, y + 24), f"{_kilo(item.source_bytes)} file, {_kilo(item.token_bytes)} of tokens", FAINT, _font(14))
+        draw.text(
+            (x, y + 24),
+            f"{_kilo(item.source_bytes)} file, {_kilo(item.token_bytes)} of tokens",
+            FAINT,
+            _font(14),
+        )
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
 

@@ -14,9 +14,11 @@ from .console import console, write_json
 from .scan import rehearse
 
 
-@click.command("tokenize", help="Turn images into tokens. IN: files, folders, globs, a CSV or Parquet "
-                                "manifest, or WebDataset "
-                                "tars. OUT: one file if it ends in .parquet, else a folder of parts.")
+@click.command(
+    "tokenize",
+    help="Turn images into tokens. IN: files, folders, globs, a CSV or Parquet "
+    "manifest, or WebDataset tars. OUT: one file if it ends in .parquet, else a folder of parts.",
+)
 @click.argument("inputs", nargs=-1, required=True, metavar="IN...")
 @click.option("-o", "--output", "out", metavar="OUT", help="Parquet file, folder, or - for stdout.")
 @opt.modelling

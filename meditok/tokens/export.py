@@ -34,7 +34,9 @@ class PictureWriter:
     display. A file that is there already with other bytes is a UsageError unless `overwrite`.
     """
 
-    def __init__(self, out: str | os.PathLike, layout: Layout, values: str | None = None, *, overwrite: bool = False):
+    def __init__(
+        self, out: str | os.PathLike, layout: Layout, values: str | None = None, *, overwrite: bool = False
+    ):
         if values not in (None, *VALUES):
             raise UsageError(f"--values {values}: unknown; choose one of {', '.join(VALUES)}")
         self.out, self.layout, self.values, self.overwrite = Path(out), layout, values, overwrite
@@ -86,9 +88,10 @@ class PictureWriter:
             try:
                 write(draft)
                 if not filecmp.cmp(draft, target, shallow=False):
-                    raise UsageError(f"{target}: is there already and differs; pass --overwrite to replace "
-                                     "it, or "
-                                     "choose another folder")
+                    raise UsageError(
+                        f"{target}: is there already and differs; pass --overwrite to replace it, or choose "
+                        "another folder"
+                    )
             finally:
                 draft.unlink(missing_ok=True)
             self.kept += 1
@@ -186,8 +189,12 @@ def _save_png_rgb16(path: Path, array: np.ndarray) -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines.tobytes(), 6))
-                     + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines.tobytes(), 6))
+        + chunk(b"IEND", b"")
+    )
 
 
 def _save_npy(path: Path, array: np.ndarray) -> None:

@@ -41,9 +41,10 @@ class TokenWriter:
         """Append rows: integer ids (R, G, N) with one description each. TokenShapeError, TokenRangeError."""
         info = self.info
         if ids.shape != (len(rows), info.num_codebooks, info.positions):
-            raise TokenShapeError(f"{self.path.name}: ids of shape {ids.shape} for {len(rows)} rows; "
-                                  "expected "
-                                  f"({len(rows)}, {info.num_codebooks}, {info.positions})")
+            raise TokenShapeError(
+                f"{self.path.name}: ids of shape {ids.shape} for {len(rows)} rows; expected ({len(rows)}, "
+                f"{info.num_codebooks}, {info.positions})"
+            )
         check_range(ids, info.codebook_size, self.path.name)
         self._ids.extend(ids.astype(id_dtype(info.codebook_size), copy=False))
         self._rows.extend(rows)
@@ -103,21 +104,27 @@ class TokenReader:
         require("pyarrow", purpose="reading token files")
         self.paths = [Path(p) for p in paths]
         self._files = [self._open(path) for path in self.paths]
-        infos = [TokenInfo.from_metadata(file.metadata.metadata, str(path))
-                 for file, path in zip(self._files, self.paths, strict=True)]
+        infos = [
+            TokenInfo.from_metadata(file.metadata.metadata, str(path))
+            for file, path in zip(self._files, self.paths, strict=True)
+        ]
         self.info = infos[0]
         for info, path in zip(infos, self.paths, strict=True):
             if (info.codebook_hash, info.model_hash, info.grid) != (
-                    self.info.codebook_hash, self.info.model_hash, self.info.grid):
-                raise BadInputError(f"{path}: model {info.model_hash}, grid {info.grid}, but {self.paths[0]} "
-                                    "has model "
-                                    f"{self.info.model_hash}, grid {self.info.grid}; these parts are not of "
-                                    "one store")
+                self.info.codebook_hash,
+                self.info.model_hash,
+                self.info.grid,
+            ):
+                raise BadInputError(
+                    f"{path}: model {info.model_hash}, grid {info.grid}, but {self.paths[0]} has model "
+                    f"{self.info.model_hash}, grid {self.info.grid}; these parts are not of one store"
+                )
         for file, path in zip(self._files, self.paths, strict=True):
             missing = {"id", "tokens", "height", "width"} - set(file.schema_arrow.names)
             if missing:
-                raise BadInputError(f"{path}: columns {', '.join(sorted(missing))} are missing; write the "
-                                    "file again")
+                raise BadInputError(
+                    f"{path}: columns {', '.join(sorted(missing))} are missing; write the file again"
+                )
         known = set(arrow_schema(self.info).names)
         self.extra = tuple(n for n in self._files[0].schema_arrow.names if n not in known)
 
@@ -127,8 +134,9 @@ class TokenReader:
         import pyarrow.parquet as pq
 
         if not path.is_file():
-            raise BadInputError(f"{path}: no such token file; give a .parquet file or a folder written by "
-                                "meditok tokenize")
+            raise BadInputError(
+                f"{path}: no such token file; give a .parquet file or a folder written by meditok tokenize"
+            )
         try:
             return pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
@@ -145,13 +153,13 @@ class TokenReader:
     def descriptions(self) -> Iterator[Description]:
         """Every row's description, without reading its ids."""
         names = [name for name in self._files[0].schema_arrow.names if name != "tokens"]
-        for batch, _ in self._batches(4096, columns=names):
-            yield from from_batch(batch)
+        for batch, path in self._batches(4096, columns=names):
+            yield from from_batch(batch, str(path))
 
     def batches(self, size: int = 64) -> Iterator[tuple[np.ndarray, list[Description]]]:
         """Ids (R, G, N), R <= size, with their descriptions. TokenShapeError, TokenRangeError."""
         for batch, path in self._batches(size):
-            yield ids_of(batch.column("tokens"), self.info, str(path)), from_batch(batch)
+            yield ids_of(batch.column("tokens"), self.info, str(path)), from_batch(batch, str(path))
 
     def _batches(self, size: int, columns: Sequence[str] | None = None):
         import pyarrow as pa

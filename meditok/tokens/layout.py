@@ -74,7 +74,12 @@ def plan_layout(rows: Iterable[Description], fmt: str | None = None, values: str
     top = PNG_TOP.get(fmt) if values == "native" else None
     for row in rows:
         safe_name(row.id)
-        if row.volume and row.slice is not None and row.geometry is not None and row.geometry.affine is not None:
+        if (
+            row.volume
+            and row.slice is not None
+            and row.geometry is not None
+            and row.geometry.affine is not None
+        ):
             volume = volumes.setdefault(row.volume, _Volume(row.geometry))
             volume.slices[row.id] = row.slice, row.position
             if row.channels != 1:
@@ -87,12 +92,14 @@ def plan_layout(rows: Iterable[Description], fmt: str | None = None, values: str
             flat = flat or row.id
             sources.setdefault(row.source, {})[row.id] = row.frame
         if top and not fits(row, top):
-            raise UsageError(f"--values native: row {row.id} holds values from {row.low:g} to {row.high:g}, "
-                             "which "
-                             f"do not fit 0..{top} of a PNG; use --as npy or nifti, or png16 up to 65535")
+            raise UsageError(
+                f"--values native: row {row.id} holds values from {row.low:g} to {row.high:g}, which do not "
+                f"fit 0..{top} of a PNG; use --as npy or nifti, or png16 up to 65535"
+            )
     if fmt == "nifti" and flat:
-        raise UsageError(f"--as nifti: row {flat} has no place in a volume; leave --as out to write such "
-                         "rows as PNG")
+        raise UsageError(
+            f"--as nifti: row {flat} has no place in a volume; leave --as out to write such rows as PNG"
+        )
     if fmt in (None, "nifti"):
         for name, volume in volumes.items():
             _plan_volume(layout, name, volume, whole=fmt == "nifti")
@@ -130,8 +137,10 @@ def _plan_volume(layout: Layout, name: str, volume: _Volume, *, whole: bool) -> 
             runs.append([entry])
     if len(runs) > 1:
         missing = slices[-1][0] - slices[0][0] + 1 - len(slices)
-        layout.warnings.append(f"volume {name}: {missing} slices are missing between {slices[0][0]} and "
-                               f"{slices[-1][0]}; written as {len(runs)} files, one for each run of slices")
+        layout.warnings.append(
+            f"volume {name}: {missing} slices are missing between {slices[0][0]} and {slices[-1][0]}; "
+            f"written as {len(runs)} files, one for each run of slices"
+        )
     for run in runs:
         suffix = f"_{run[0][0]:04d}-{run[-1][0]:04d}" if len(runs) > 1 else ""
         target = Run(safe_name(name) + suffix, run[0][0], len(run))
@@ -157,7 +166,7 @@ def safe_name(name: str) -> str:
     path = PurePosixPath(name.replace("\\", "/"))
     unsafe = not name or path.is_absolute() or ".." in path.parts or "\0" in name or str(path) == "."
     if unsafe or (len(name) > 1 and name[1] == ":"):
-        raise UnsafeFileError(f"id {name!r}: not a name inside the output folder; make the tokens again "
-                              "without "
-                              "--keep-names")
+        raise UnsafeFileError(
+            f"id {name!r}: not a name inside the output folder; make the tokens again without --keep-names"
+        )
     return str(path)

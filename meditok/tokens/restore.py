@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 class Restored:
     """A decoded picture, and the row it came from (the first one, where tiles were joined)."""
 
-    image: MedicalImage  # float32 (3, H, W) in [-1, 1] at native size; three equal channels where the source was grey
+    image: MedicalImage  # (3, H, W) in [-1, 1] at native size; equal channels where the source was grey
     row: Description
 
 
-def restore(batches: Iterable[tuple[np.ndarray, list[Description]]], info: TokenInfo,
-            rows: Iterable[Description], model: Tokenizer, where: str) -> Iterator[Restored]:
+def restore(
+    batches: Iterable[tuple[np.ndarray, list[Description]]],
+    info: TokenInfo,
+    rows: Iterable[Description],
+    model: Tokenizer,
+    where: str,
+) -> Iterator[Restored]:
     """Decode batches of ids (R, G, N) and undo the fitting; `rows` are the descriptions of all of them.
 
     Decoding is independent of the batch. The tiles of one picture are joined; it comes out with its last
@@ -66,15 +71,17 @@ class _Canvas:
         if self.pixels is None:
             self.pixels = torch.full((len(tile), *displayed_size(row.geometry)), -1.0)
         y, x, height, width = row.tile
-        self.pixels[:, y:y + height, x:x + width] = tile
+        self.pixels[:, y : y + height, x : x + width] = tile
         self.count += 1
         self.covered += height * width
 
     def finish(self, where: str) -> torch.Tensor:
         height, width = self.pixels.shape[-2:]
         if self.covered != height * width:
-            raise TokenShapeError(f"{where}: the {self.count} tiles of {self.row.id} cover {self.covered} of "
-                                  f"{height * width} pixels; decode all tiles of a picture together")
+            raise TokenShapeError(
+                f"{where}: the {self.count} tiles of {self.row.id} cover {self.covered} of {height * width} "
+                "pixels; decode all tiles of a picture together"
+            )
         return self.pixels
 
 

@@ -53,18 +53,39 @@ class TokenInfo:
     def of(cls, model, grid: tuple[int, int], *, stable: bool, settings: str = "") -> TokenInfo:
         """The header of tokens that `model` (a Tokenizer) makes on `grid`."""
         config = model.config
-        return cls(config.name, model.hash, model.codebook_hash, config.num_codebooks, config.codebook_size,
-                   tuple(grid), model.precision, model.device.type, stable, config.licence,
-                   config.intended_use, settings)
+        return cls(
+            config.name,
+            model.hash,
+            model.codebook_hash,
+            config.num_codebooks,
+            config.codebook_size,
+            tuple(grid),
+            model.precision,
+            model.device.type,
+            stable,
+            config.licence,
+            config.intended_use,
+            settings,
+        )
 
     def to_metadata(self) -> dict[str, str]:
         """Parquet key-value pairs; numbers, truth values and the grid are JSON."""
         pairs = {
-            "meditok.format": str(FORMAT), "model": self.model, "model_hash": self.model_hash,
-            "codebook_hash": self.codebook_hash, "G": str(self.num_codebooks), "K": str(self.codebook_size),
-            "grid": json.dumps(list(self.grid)), "axis_order": AXIS_ORDER, "id_base": "0",
-            "precision": self.precision, "device_class": self.device_class, "stable": json.dumps(self.stable),
-            "licence": self.licence, "intended_use": self.intended_use, "privacy": PRIVACY,
+            "meditok.format": str(FORMAT),
+            "model": self.model,
+            "model_hash": self.model_hash,
+            "codebook_hash": self.codebook_hash,
+            "G": str(self.num_codebooks),
+            "K": str(self.codebook_size),
+            "grid": json.dumps(list(self.grid)),
+            "axis_order": AXIS_ORDER,
+            "id_base": "0",
+            "precision": self.precision,
+            "device_class": self.device_class,
+            "stable": json.dumps(self.stable),
+            "licence": self.licence,
+            "intended_use": self.intended_use,
+            "privacy": PRIVACY,
         }
         return pairs | ({"settings": self.settings} if self.settings else {})
 
@@ -74,48 +95,65 @@ class TokenInfo:
 
         BadInputError: not a token file, or a broken header; CodebookMismatchError: another format version.
         """
-        pairs = {key.decode("utf-8", "replace"): value.decode("utf-8", "replace")
-                 for key, value in (metadata or {}).items()}
+        pairs = {
+            key.decode("utf-8", "replace"): value.decode("utf-8", "replace")
+            for key, value in (metadata or {}).items()
+        }
         version = pairs.get("meditok.format")
         if version is None:
-            raise BadInputError(f"{where}: no meditok token file (its header has no meditok.format); "
-                                "give a file written by meditok tokenize")
+            raise BadInputError(
+                f"{where}: no meditok token file (its header has no meditok.format); give a file written by "
+                "meditok tokenize"
+            )
         if version != str(FORMAT):
             raise CodebookMismatchError(
                 f"{where}: token format {version}, codebook {pairs.get('codebook_hash', '?')}; this meditok "
-                "reads "
-                f"format {FORMAT} only; use the version that wrote it")
+                f"reads format {FORMAT} only; use the version that wrote it"
+            )
         try:
             if pairs["axis_order"] != AXIS_ORDER or pairs["id_base"] != "0":
-                raise BadInputError(f"{where}: axis_order {pairs['axis_order']}, id_base {pairs['id_base']}, "
-                                    f"not {AXIS_ORDER} and 0; write the file again with meditok tokenize")
+                raise BadInputError(
+                    f"{where}: axis_order {pairs['axis_order']}, id_base {pairs['id_base']}, not "
+                    f"{AXIS_ORDER} and 0; write the file again with meditok tokenize"
+                )
             rows, columns = json.loads(pairs["grid"])
-            info = cls(pairs["model"], pairs["model_hash"], pairs["codebook_hash"], int(pairs["G"]),
-                       int(pairs["K"]), (int(rows), int(columns)), pairs["precision"], pairs["device_class"],
-                       bool(json.loads(pairs["stable"])), pairs["licence"], pairs["intended_use"],
-                       pairs.get("settings", ""))
+            info = cls(
+                pairs["model"],
+                pairs["model_hash"],
+                pairs["codebook_hash"],
+                int(pairs["G"]),
+                int(pairs["K"]),
+                (int(rows), int(columns)),
+                pairs["precision"],
+                pairs["device_class"],
+                bool(json.loads(pairs["stable"])),
+                pairs["licence"],
+                pairs["intended_use"],
+                pairs.get("settings", ""),
+            )
         except (KeyError, ValueError, TypeError) as error:
             if isinstance(error, BadInputError):
                 raise
             raise BadInputError(f"{where}: broken token file header ({error}); write it anew") from None
         if min(*info.grid, info.num_codebooks, info.codebook_size) < 1:
-            raise BadInputError(f"{where}: broken token file header (G {info.num_codebooks}, K "
-                                f"{info.codebook_size}, "
-                                f"grid {info.grid}); write the file again")
+            raise BadInputError(
+                f"{where}: broken token file header (G {info.num_codebooks}, K {info.codebook_size}, grid "
+                f"{info.grid}); write the file again"
+            )
         return info
 
     def check_model(self, model, where: str) -> None:
         """CodebookMismatchError, naming both codebooks, unless `model` (a Tokenizer) can decode these ids."""
         config = model.config
-        if self.codebook_hash == model.codebook_hash and (self.num_codebooks, self.codebook_size) == (
-                config.num_codebooks, config.codebook_size):
+        sizes = config.num_codebooks, config.codebook_size
+        if self.codebook_hash == model.codebook_hash and (self.num_codebooks, self.codebook_size) == sizes:
             return
         raise CodebookMismatchError(
             f"{where}: made by model {self.model} with codebook {self.codebook_hash} (G "
-            f"{self.num_codebooks}, "
-            f"K {self.codebook_size}), but model {config.name} has codebook {model.codebook_hash} (G "
-            f"{config.num_codebooks}, "
-            f"K {config.codebook_size}); decode with the model that made the tokens (--model)")
+            f"{self.num_codebooks}, K {self.codebook_size}), but model {config.name} has codebook "
+            f"{model.codebook_hash} (G {config.num_codebooks}, K {config.codebook_size}); decode with the "
+            "model that made the tokens (--model)"
+        )
 
 
 @dataclass(frozen=True)
@@ -144,32 +182,53 @@ class Description:
 
 
 def arrow_schema(info: TokenInfo, extra: tuple[str, ...] = ()) -> pa.Schema:
-    """The Parquet schema of a token file, header included; `extra` names copied manifest columns
-    (strings).
-    """
+    """The Parquet schema of a token file, header included; `extra` names copied manifest columns."""
     import pyarrow as pa
 
     ids = pa.uint16() if id_dtype(info.codebook_size) is np.uint16 else pa.uint32()
     tokens = pa.list_(pa.field("element", ids, nullable=False), info.num_codebooks * info.positions)
-    geometry = pa.struct([
-        ("original_shape", pa.list_(pa.int64())), ("axis", pa.int8()), ("plane", pa.string()),
-        ("fit", pa.string()), ("scale_y", pa.float64()), ("scale_x", pa.float64()),
-        ("pad", pa.list_(pa.int32())), ("spacing", pa.list_(pa.float64())),
-        ("affine", pa.list_(pa.float64())), ("space", pa.string())])
+    geometry = pa.struct(
+        [
+            ("original_shape", pa.list_(pa.int64())),
+            ("axis", pa.int8()),
+            ("plane", pa.string()),
+            ("fit", pa.string()),
+            ("scale_y", pa.float64()),
+            ("scale_x", pa.float64()),
+            ("pad", pa.list_(pa.int32())),
+            ("spacing", pa.list_(pa.float64())),
+            ("affine", pa.list_(pa.float64())),
+            ("space", pa.string()),
+        ]
+    )
     fields = [
-        pa.field("id", pa.string(), nullable=False), pa.field("tokens", tokens, nullable=False),
-        ("height", pa.int32()), ("width", pa.int32()),
-        ("modality", pa.string()), ("body_part", pa.string()), ("window", pa.string()), ("unit", pa.string()),
-        ("low", pa.float64()), ("high", pa.float64()), ("channels", pa.int8()),
-        ("source", pa.string()), ("volume", pa.string()), ("slice", pa.int32()), ("frame", pa.int32()),
-        ("position", pa.float64()), ("tile", pa.struct([(name, pa.int32()) for name in "yxhw"])),
-        ("geometry", geometry), ("steps", pa.list_(pa.string()))]
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("tokens", tokens, nullable=False),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("modality", pa.string()),
+        ("body_part", pa.string()),
+        ("window", pa.string()),
+        ("unit", pa.string()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("channels", pa.int8()),
+        ("source", pa.string()),
+        ("volume", pa.string()),
+        ("slice", pa.int32()),
+        ("frame", pa.int32()),
+        ("position", pa.float64()),
+        ("tile", pa.struct([(name, pa.int32()) for name in "yxhw"])),
+        ("geometry", geometry),
+        ("steps", pa.list_(pa.string())),
+    ]
     taken = {f.name if isinstance(f, pa.Field) else f[0] for f in fields}
     for name in extra:
         if name in taken:
-            raise BadInputError(f"manifest column {name!r}: the token file has a column of that name; rename "
-                                "it or leave "
-                                "it out of --columns")
+            raise BadInputError(
+                f"manifest column {name!r}: the token file has a column of that name; rename it or leave it "
+                "out of --columns"
+            )
         taken.add(name)
     return pa.schema(fields + [(name, pa.string()) for name in extra], metadata=info.to_metadata())
 
@@ -199,21 +258,37 @@ def _cell(row: Description, name: str):
 _FIELDS = {f.name for f in dataclasses.fields(Description)} - {"extra"}
 
 
-def from_batch(batch: pa.RecordBatch) -> list[Description]:
-    """Descriptions of a record batch; its `tokens` column, if any, is left alone."""
-    from ..data import Geometry
+def from_batch(batch: pa.RecordBatch, where: str) -> list[Description]:
+    """Descriptions of a record batch; its `tokens` column, if any, is left alone.
 
+    BadInputError: a column of another type than the format's, or values that describe no picture.
+    """
+    from .checks import check_row, known_types
+
+    types = known_types()
+    names = [name for name in batch.schema.names if name != "tokens"]
+    columns = {}
+    for name in names:
+        column = batch.column(name)
+        if name in types and column.type != types[name]:
+            column = _cast(column, types[name], name, where)
+        columns[name] = column.to_pylist()
     rows = []
-    for cells in batch.select([n for n in batch.schema.names if n != "tokens"]).to_pylist():
-        values = {k: v for k, v in cells.items() if k in _FIELDS and v is not None}
-        if "geometry" in values:
-            values["geometry"] = Geometry.from_dict(values["geometry"])
-        if "tile" in values:
-            values["tile"] = tuple(values["tile"][k] for k in "yxhw")
-        if "steps" in values:
-            values["steps"] = tuple(values["steps"])
-        rows.append(Description(**values, extra={k: v for k, v in cells.items() if k not in _FIELDS}))
+    for index in range(batch.num_rows):
+        cells = {name: values[index] for name, values in columns.items()}
+        rows.append(check_row(cells, _FIELDS, where))
     return rows
+
+
+def _cast(column: pa.Array, wanted: pa.DataType, name: str, where: str) -> pa.Array:
+    import pyarrow as pa
+
+    try:
+        return column.cast(wanted)
+    except pa.ArrowException:
+        raise BadInputError(
+            f"{where}: column {name} is {column.type} and not {wanted}; write it anew"
+        ) from None
 
 
 def ids_of(column: pa.Array, info: TokenInfo, where: str) -> np.ndarray:
@@ -225,23 +300,30 @@ def ids_of(column: pa.Array, info: TokenInfo, where: str) -> np.ndarray:
     import pyarrow.compute as pc
 
     groups, positions, codes = info.num_codebooks, info.positions, info.codebook_size
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-            or pa.types.is_fixed_size_list(column.type)):
-        raise TokenShapeError(f"{where}: tokens are {column.type}, expected lists of {groups * positions} "
-                              "ids")
+    if not (
+        pa.types.is_list(column.type)
+        or pa.types.is_large_list(column.type)
+        or pa.types.is_fixed_size_list(column.type)
+    ):
+        raise TokenShapeError(
+            f"{where}: tokens are {column.type}, expected lists of {groups * positions} ids"
+        )
     if not pa.types.is_integer(column.type.value_type):
-        raise TokenRangeError(f"{where}: tokens of type {column.type.value_type}; ids are integers from 0 to "
-                              f"{codes - 1} "
-                              f"(K = {codes})")
+        raise TokenRangeError(
+            f"{where}: tokens of type {column.type.value_type}; ids are integers from 0 to {codes - 1} (K = "
+            f"{codes})"
+        )
     lengths = {length or 0 for length in pc.unique(pc.list_value_length(column)).to_pylist()}
     if not lengths <= {groups * positions}:
-        raise TokenShapeError(f"{where}: rows of {', '.join(map(str, sorted(lengths)[:5]))} ids; grid "
-                              f"{info.grid[0]} x {info.grid[1]} "
-                              f"with {groups} codebooks needs {groups * positions}")
+        raise TokenShapeError(
+            f"{where}: rows of {', '.join(map(str, sorted(lengths)[:5]))} ids; grid {info.grid[0]} x "
+            f"{info.grid[1]} with {groups} codebooks needs {groups * positions}"
+        )
     flat = column.flatten()
     if flat.null_count:
-        raise TokenRangeError(f"{where}: {flat.null_count} tokens are null; ids run from 0 to {codes - 1} (K "
-                              f"= {codes})")
+        raise TokenRangeError(
+            f"{where}: {flat.null_count} tokens are null; ids run from 0 to {codes - 1} (K = {codes})"
+        )
     values = flat.to_numpy(zero_copy_only=False).reshape(len(column), groups, positions)
     check_range(values, codes, where)
     return values.astype(id_dtype(codes), copy=False)
@@ -254,6 +336,7 @@ def check_range(ids: np.ndarray, codebook_size: int, where: str) -> None:
     if not ids.size or (ids.min() >= 0 and ids.max() < codebook_size):
         return
     row, group, position = (int(i) for i in np.argwhere((ids < 0) | (ids >= codebook_size))[0])
-    raise TokenRangeError(f"{where}: ids from {ids.min()} to {ids.max()}, first bad one in row {row}, "
-                          f"codebook {group}, "
-                          f"position {position}; ids run from 0 to {codebook_size - 1} (K = {codebook_size})")
+    raise TokenRangeError(
+        f"{where}: ids from {ids.min()} to {ids.max()}, first bad one in row {row}, codebook {group}, "
+        f"position {position}; ids run from 0 to {codebook_size - 1} (K = {codebook_size})"
+    )

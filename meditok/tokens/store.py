@@ -34,8 +34,15 @@ class StoreWriter:
     until then. Rows are divided by their order alone, so the parts do not depend on how rows arrive.
     """
 
-    def __init__(self, out: str | os.PathLike, info: TokenInfo, extra: Sequence[str] = (), *,
-                 shard_size: int = SHARD_SIZE, description: dict | None = None):
+    def __init__(
+        self,
+        out: str | os.PathLike,
+        info: TokenInfo,
+        extra: Sequence[str] = (),
+        *,
+        shard_size: int = SHARD_SIZE,
+        description: dict | None = None,
+    ):
         if shard_size < 1:
             raise UsageError(f"shard size {shard_size}: give at least 1 row a part")
         self.out, self.info, self.extra, self.shard_size = Path(out), info, tuple(extra), shard_size
@@ -61,7 +68,7 @@ class StoreWriter:
             if self._part is None:
                 self._part = TokenWriter(self.out / part_name(len(self.parts)), self.info, self.extra)
             count = min(self.shard_size - self._filled, len(rows) - start)
-            self._part.write(ids[start:start + count], rows[start:start + count])
+            self._part.write(ids[start : start + count], rows[start : start + count])
             self._filled += count
             start += count
             if self._filled == self.shard_size:
@@ -139,8 +146,9 @@ def finished_settings(out: str | os.PathLike) -> tuple[str, int] | None:
             settings = ""
     else:
         if out.is_file():
-            raise UsageError(f"{out}: a file of that name is in the way; name a folder, or a file ending in "
-                             ".parquet")
+            raise UsageError(
+                f"{out}: a file of that name is in the way; name a folder, or a file ending in .parquet"
+            )
         if not out.exists() or not any(out.iterdir()):
             return None
         index = read_index(out)
@@ -162,9 +170,10 @@ def plan_output(out: str | os.PathLike, settings: str, *, overwrite: bool) -> in
         return None
     if found[0] and found[0] == settings:
         return found[1]
-    raise UsageError(f"{out}: holds the result of other inputs or options; pass --overwrite to replace it, "
-                     "or choose another "
-                     "output")
+    raise UsageError(
+        f"{out}: holds the result of other inputs or options; pass --overwrite to replace it, or choose "
+        "another output"
+    )
 
 
 def read_index(folder: Path) -> dict | None:
@@ -183,8 +192,9 @@ def open_tokens(path: str | os.PathLike) -> TokenReader:
         return TokenReader([path])
     index = read_index(path)
     if index is None:
-        raise BadInputError(f"{path}: no token store (no readable {STORE}); give a folder or file written by "
-                            "meditok tokenize")
+        raise BadInputError(
+            f"{path}: no token store (no readable {STORE}); give a folder or file written by meditok tokenize"
+        )
     if not index.get("complete"):
         raise BadInputError(f"{path}: unfinished store; run the same meditok tokenize again to finish it")
     parts = [path / Path(str(part.get("file"))).name for part in index["parts"]]
@@ -192,7 +202,8 @@ def open_tokens(path: str | os.PathLike) -> TokenReader:
         raise BadInputError(f"{path}: a store without rows")
     reader = TokenReader(parts)
     if len(reader) != index.get("rows"):
-        raise BadInputError(f"{path}: {len(reader)} rows in its parts, {index.get('rows')} in {STORE}; a "
-                            "part was replaced or "
-                            "lost, run meditok tokenize --overwrite")
+        raise BadInputError(
+            f"{path}: {len(reader)} rows in its parts, {index.get('rows')} in {STORE}; a part was replaced "
+            "or lost, run meditok tokenize --overwrite"
+        )
     return reader

@@ -25,12 +25,14 @@ class Tokens:
         ids = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
         expected = (len(rows), info.num_codebooks, info.positions)
         if ids.shape != expected:
-            raise TokenShapeError(f"tokens: ids of shape {ids.shape}; {expected[0]} rows, G {expected[1]} "
-                                  "and grid "
-                                  f"{info.grid[0]} x {info.grid[1]} need {expected}")
+            raise TokenShapeError(
+                f"tokens: ids of shape {ids.shape}; {expected[0]} rows, G {expected[1]} and grid "
+                f"{info.grid[0]} x {info.grid[1]} need {expected}"
+            )
         if ids.dtype.kind not in "iu":
-            raise TokenRangeError(f"tokens: dtype {ids.dtype}; ids are integers from 0 to "
-                                  f"{info.codebook_size - 1}")
+            raise TokenRangeError(
+                f"tokens: dtype {ids.dtype}; ids are integers from 0 to {info.codebook_size - 1}"
+            )
         check_range(ids, info.codebook_size, "tokens")
         self.codes = ids.astype(id_dtype(info.codebook_size), copy=False)
         self.rows = list(rows)
@@ -55,9 +57,10 @@ class Tokens:
 
     def __repr__(self) -> str:
         info = self.info
-        return (f"Tokens({len(self)} rows, {info.num_codebooks} x {info.grid[0]}x{info.grid[1]} ids of "
-                f"{info.codebook_size}, "
-                f"model {info.model})")
+        return (
+            f"Tokens({len(self)} rows, {info.num_codebooks} x {info.grid[0]}x{info.grid[1]} ids of "
+            f"{info.codebook_size}, model {info.model})"
+        )
 
     # -- sequences for language models ----------------------------------------------------------------------
     def to_sequence(self, order: str = "position", offsets: bool = True) -> torch.Tensor:
@@ -83,9 +86,10 @@ class Tokens:
         info = self.info
         groups, positions = info.num_codebooks, info.positions
         if sequence.ndim != 2 or sequence.shape[1] != groups * positions:
-            raise TokenShapeError(f"sequence: shape {tuple(sequence.shape)}; expected (B, "
-                                  f"{groups * positions}) for G {groups} "
-                                  f"and grid {info.grid[0]} x {info.grid[1]}")
+            raise TokenShapeError(
+                f"sequence: shape {tuple(sequence.shape)}; expected (B, {groups * positions}) for G {groups} "
+                f"and grid {info.grid[0]} x {info.grid[1]}"
+            )
         if sequence.is_floating_point() or sequence.dtype == torch.bool:
             raise TokenRangeError(f"sequence: dtype {sequence.dtype}; ids are integers")
         sequence = sequence.to(torch.int64)
@@ -94,8 +98,13 @@ class Tokens:
         else:
             ids = sequence.reshape(-1, groups, positions)
         ids = ids - self._offsets() if offsets else ids
-        rows = self.rows if len(ids) == len(self) else [
-            Description(f"generated-{i}", info.grid[0] * 16, info.grid[1] * 16) for i in range(len(ids))]
+        rows = (
+            self.rows
+            if len(ids) == len(self)
+            else [
+                Description(f"generated-{i}", info.grid[0] * 16, info.grid[1] * 16) for i in range(len(ids))
+            ]
+        )
         return Tokens(ids, rows, info)
 
     def _offsets(self) -> torch.Tensor:
@@ -129,10 +138,7 @@ class Tokens:
         return cls(np.concatenate([empty, *codes]), rows, info)
 
 
-
 def _checked(order: str) -> str:
     if order not in ORDERS:
         raise UsageError(f"order {order!r}: choose one of {', '.join(ORDERS)}")
     return order
-
-

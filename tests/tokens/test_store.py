@@ -20,7 +20,7 @@ def test_rows_are_divided_into_parts_by_their_order_alone(make_tokens, tmp_path)
     write(tmp_path / "a", tokens, shard_size=4)
     with StoreWriter(tmp_path / "b", tokens.info, shard_size=4) as writer:
         for i in range(11):
-            writer.write(tokens.codes[i:i + 1], tokens.rows[i:i + 1])
+            writer.write(tokens.codes[i : i + 1], tokens.rows[i : i + 1])
         writer.close("s")
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "store.json"]

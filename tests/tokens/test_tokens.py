@@ -10,9 +10,18 @@ from meditok.tokens import Description, TokenInfo, Tokens
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9),
-       st.sampled_from(["position", "codebook"]), st.booleans())
-def test_a_sequence_comes_back_as_the_tokens_it_was_made_of(rows, groups, height, width, codes, order, offsets):
+@given(
+    st.integers(0, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.sampled_from(["position", "codebook"]),
+    st.booleans(),
+)
+def test_a_sequence_comes_back_as_the_tokens_it_was_made_of(
+    rows, groups, height, width, codes, order, offsets
+):
     info = TokenInfo("m", "a", "b", groups, codes, (height, width))
     ids = torch.randint(0, codes, (rows, groups, height * width))
     tokens = Tokens(ids, [Description(str(i), 16 * height, 16 * width) for i in range(rows)], info)
@@ -36,9 +45,16 @@ def test_a_generated_sequence_becomes_plain_rows(make_tokens):
     assert len(made) == 3 and made.rows[2].id == "generated-2" and made.rows[2].height == 64
 
 
-@pytest.mark.parametrize(("change", "error"), [
-    (lambda s: s[:, :-1], TokenShapeError), (lambda s: s[0], TokenShapeError), (lambda s: s.float(), TokenRangeError),
-    (lambda s: s - 4096, TokenRangeError), (lambda s: s + 4096, TokenRangeError)])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda s: s[:, :-1], TokenShapeError),
+        (lambda s: s[0], TokenShapeError),
+        (lambda s: s.float(), TokenRangeError),
+        (lambda s: s - 4096, TokenRangeError),
+        (lambda s: s + 4096, TokenRangeError),
+    ],
+)
 def test_a_sequence_that_cannot_be_tokens_is_refused(make_tokens, change, error):
     tokens = make_tokens(2)
     with pytest.raises(error):
