@@ -1,8 +1,9 @@
 """The one loader of the compiled core `meditok._core`, and what it can do on this machine.
 
-Importing this module never fails because the core is missing, broken or stale: one warning names the reason and
-the PyTorch reference runs instead. Two environment variables, read once here, force a choice and do raise:
-`MEDITOK_BACKEND` (auto, native, triton, reference) and `MEDITOK_ISA` (scalar, avx2, avx512, avx512vnni, neon).
+Importing this module never fails because the core is missing, broken or stale: one warning names the reason
+and the PyTorch reference runs instead. Two environment variables, read once here, force a choice and do
+raise: `MEDITOK_BACKEND` (auto, native, triton, reference) and `MEDITOK_ISA` (scalar, avx2, avx512,
+avx512vnni, neon).
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ def _load() -> tuple[ModuleType | None, str]:
         from meditok import _core
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
-            return None, "meditok._core is not built (a wheel made with MEDITOK_NATIVE=OFF, or a bare source tree)"
+            return (
+                None,
+                "meditok._core is not built (a wheel made with MEDITOK_NATIVE=OFF, or a bare source tree)",
+            )
         return None, f"meditok._core does not load: {error}"
     found = _core.build_info()["interface"]
     if found != INTERFACE:
-        return None, f"meditok._core has interface {found}, this Python code needs {INTERFACE}; build it again"
+        return (
+            None,
+            f"meditok._core has interface {found}, this Python code needs {INTERFACE}; build it again",
+        )
     return _core, ""
 
 
@@ -45,7 +52,9 @@ def _choose() -> tuple[ModuleType | None, str, str, str | None]:
     if level and level not in LEVELS:
         raise ImportError(f"MEDITOK_ISA={level} is not one of {', '.join(LEVELS)}")
     if wish == "triton":
-        raise ImportError("MEDITOK_BACKEND=triton: this version has no Triton kernels; use native or reference")
+        raise ImportError(
+            "MEDITOK_BACKEND=triton: this version has no Triton kernels; use native or reference"
+        )
     core, why = _load()
     if wish == "native" and core is None:
         raise ImportError(f"MEDITOK_BACKEND=native, but {why}")
@@ -73,7 +82,8 @@ def threads() -> int:
 
 @functools.cache
 def cuda_problem() -> str:
-    """"" when the compiled CUDA kernels can run here, else the reason, naming what was found and what is needed."""
+    """ "" when the compiled CUDA kernels can run here, else the reason, naming what was found and what is
+    needed."""
     if backend != "native" or core is None:
         return why
     info = core.cuda_info()
@@ -81,7 +91,8 @@ def cuda_problem() -> str:
         return "meditok._core was built without CUDA"
     if info["driver"] < info["driver_needed"]:
         found = _cuda_version(info["driver"]) if info["driver"] else "no driver"
-        return f"the NVIDIA driver supports CUDA up to {found}, the kernels need {_cuda_version(info['driver_needed'])}"
+        needed = _cuda_version(info["driver_needed"])
+        return f"the NVIDIA driver supports CUDA up to {found}, the kernels need {needed}"
     return ""
 
 
@@ -100,7 +111,8 @@ def _cuda_version(number: int) -> str:
 
 @contextmanager
 def count_calls() -> Iterator[dict[str, int]]:
-    """Counts the calls of every native entry inside the block: `with count_calls() as calls: ...; calls["vq_assign"]`."""
+    """Counts the calls of every native entry inside the block: `with count_calls() as calls: ...;
+    calls["vq_assign"]`."""
     before = core.call_counts() if core is not None else {}
     calls: dict[str, int] = {}
     try:
@@ -113,7 +125,11 @@ def count_calls() -> Iterator[dict[str, int]]:
 def report() -> dict[str, Any]:
     """Everything `meditok doctor` tells about the kernels; plain values, ready for JSON."""
     build = core.build_info() if core is not None else {}
-    cuda = core.cuda_info() if core is not None else {"compiled": False, "architectures": "", "driver": 0, "driver_needed": 0}
+    cuda = (
+        core.cuda_info()
+        if core is not None
+        else {"compiled": False, "architectures": "", "driver": 0, "driver_needed": 0}
+    )
     problem = cuda_problem()
     return {
         "native": backend == "native",

@@ -1,7 +1,7 @@
 """What a built module holds: linkage, CUDA architectures, one PTX, no register spills.
 
-The module examined is MEDITOK_BUILT_MODULE=path (an _core*.so or a wheel), else the loaded core. The CUDA checks read
-its cubins with cuobjdump (PyPI package nvidia-cuda-cuobjdump, or a CUDA toolkit) and need no GPU.
+The module examined is MEDITOK_BUILT_MODULE=path (an _core*.so or a wheel), else the loaded core. The CUDA
+checks read its cubins with cuobjdump (PyPI package nvidia-cuda-cuobjdump, or a CUDA toolkit) and need no GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import pytest
 
 from meditok import native
 
-SPILL_FREE = ("assign_small_dim_kernel", "assign_large_dim_kernel", "lookup_kernel", "pack_kernel", "template_op_kernel")
+SPILL_FREE = (
+    "assign_small_dim_kernel",
+    "assign_large_dim_kernel",
+    "lookup_kernel",
+    "pack_kernel",
+    "template_op_kernel",
+)
 # CMake's name -> cubin architecture; "virtual" ones are PTX.
 DEFAULT_ARCHITECTURES = {"sm_75", "sm_80", "sm_90a", "sm_100", "sm_120"}
 DEFAULT_PTX = {"sm_80"}
@@ -58,7 +64,18 @@ def test_nothing_of_cuda_or_torch_is_linked(module):
         pytest.skip("readelf is not installed (Debian package binutils)")
     text = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
     needed = re.findall(r"NEEDED.*\[(.+)\]", text)
-    allowed = ("libc.", "libm.", "libstdc++.", "libgcc_s.", "libpthread.", "librt.", "libdl.", "ld-linux", "libasan.", "libubsan.")
+    allowed = (
+        "libc.",
+        "libm.",
+        "libstdc++.",
+        "libgcc_s.",
+        "libpthread.",
+        "librt.",
+        "libdl.",
+        "ld-linux",
+        "libasan.",
+        "libubsan.",
+    )
     assert needed and all(name.startswith(allowed) for name in needed), needed
 
 
@@ -66,7 +83,9 @@ def test_the_module_exports_its_init_function_only(module):
     """Hidden visibility: no symbol of ours can be taken for another library's."""
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed (Debian package binutils)")
-    text = subprocess.run(["nm", "-D", "--defined-only", module], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["nm", "-D", "--defined-only", module], capture_output=True, text=True, check=True
+    ).stdout
     ours = [line.split()[-1] for line in text.splitlines() if "meditok" in line or "PyInit" in line]
     assert ours == ["PyInit__core"], ours
 

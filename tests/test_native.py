@@ -15,13 +15,18 @@ import meditok
 from meditok import native, ops
 
 PACKAGE = Path(meditok.__file__).resolve().parent
-USE = "import torch; from meditok import native, ops; ops.vq_assign(torch.zeros(1, 1, 2), torch.ones(1, 3, 2)); print("
+USE = (
+    "import torch; from meditok import native, ops; "
+    "ops.vq_assign(torch.zeros(1, 1, 2), torch.ones(1, 3, 2)); print("
+)
 
 
 def run(code: str, path: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MEDITOK_")}
     env |= {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=120
+    )
 
 
 @pytest.fixture
@@ -84,8 +89,10 @@ def test_unknown_wishes_are_errors(environment, words):
 
 def test_the_reference_can_be_asked_for_without_a_warning():
     """MEDITOK_BACKEND=reference is silent, and no native kernel runs."""
-    result = run(USE + "native.backend, sum(native.core.call_counts().values()) if native.core else 0)",
-                 MEDITOK_BACKEND="reference")
+    result = run(
+        USE + "native.backend, sum(native.core.call_counts().values()) if native.core else 0)",
+        MEDITOK_BACKEND="reference",
+    )
     assert result.stdout.split() == ["reference", "0"] and "Warning" not in result.stderr
 
 
@@ -94,7 +101,14 @@ def test_report_is_ready_for_json():
     report = json.loads(json.dumps(native.report()))
     assert report["backend"] == native.backend and report["native"] == (native.backend == "native")
     assert set(report["isa"]) == {"compiled", "detected", "chosen"}
-    assert set(report["cuda"]) == {"compiled", "architectures", "driver_found", "driver_needed", "usable", "why"}
+    assert set(report["cuda"]) == {
+        "compiled",
+        "architectures",
+        "driver_found",
+        "driver_needed",
+        "usable",
+        "why",
+    }
     if native.core is not None:
         assert "scalar" in report["isa"]["compiled"] and report["build"]["interface"] == native.INTERFACE
         assert report["cuda"]["usable"] or report["cuda"]["why"]
@@ -102,7 +116,8 @@ def test_report_is_ready_for_json():
 
 @pytest.mark.skipif(native.core is None, reason="the compiled core is not built")
 def test_sizes_of_packed_codebooks_agree():
-    """The Python formula and the core's layout are the same: the core writes its last byte inside the buffer."""
+    """The Python formula and the core's layout are the same: the core writes its last byte inside the
+    buffer."""
     import torch
 
     for groups, codes, width in [(1, 1, 1), (2, 33, 3), (8, 4096, 8), (1, 100, 700)]:

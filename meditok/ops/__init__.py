@@ -1,8 +1,8 @@
 """Fused operations on torch, NumPy and CuPy arrays; the result is of the same kind as the input.
 
-`meditok.ops.checks` says when values (not only shapes) are checked: "auto" checks always on CPU and, on CUDA, in
-eager calls with one synchronisation, but never under compilation, export, vmap or graph capture; "never" leaves
-the values to the kernels, which give NaN rows for ids out of range and never fault.
+`meditok.ops.checks` says when values (not only shapes) are checked: "auto" checks always on CPU and, on CUDA,
+in eager calls with one synchronisation, but never under compilation, export, vmap or graph capture; "never"
+leaves the values to the kernels, which give NaN rows for ids out of range and never fault.
 """
 
 from meditok.ops.attention import attention, attention_qkv

@@ -19,10 +19,14 @@ FLOAT_NAMES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
 
 
 def kind_of(*arrays: Any) -> str:
-    """"torch", "numpy" or "cupy"; arrays of different kinds, or of none of them, are a TypeError. None is skipped."""
+    """ "torch", "numpy" or "cupy"; arrays of different kinds, or of none of them, are a TypeError. None is
+    skipped."""
     kinds = {_kind(array) for array in arrays if array is not None}
     if len(kinds) != 1:
-        raise TypeError(f"arrays of one kind are needed, but {' and '.join(sorted(kinds))} were given; convert one of them")
+        raise TypeError(
+            f"arrays of one kind are needed, but {' and '.join(sorted(kinds))} were given; "
+            "convert one of them"
+        )
     return kinds.pop()
 
 
@@ -42,7 +46,7 @@ def check_metric(metric: str) -> None:
 
 
 def dtype_name(array: Any) -> str:
-    """"float32" for torch.float32 and for NumPy's float32 of either byte order."""
+    """ "float32" for torch.float32 and for NumPy's float32 of either byte order."""
     return getattr(array.dtype, "name", None) or str(array.dtype).removeprefix("torch.")
 
 
@@ -92,6 +96,8 @@ def _values_are_checked(ids: Any) -> bool:
         return True
     if torch.compiler.is_compiling() or type(ids) not in (Tensor, torch.nn.Parameter) or ids.is_meta:
         return False
-    if torch._C._functorch.maybe_get_level(ids) >= 0:  # inside vmap: a batched tensor has no values to look at
+    if (
+        torch._C._functorch.maybe_get_level(ids) >= 0
+    ):  # inside vmap: a batched tensor has no values to look at
         return False
     return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())

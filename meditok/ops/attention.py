@@ -16,7 +16,7 @@ from meditok.ops import reference
 from meditok.ops._library import check_float, check_rank, check_same_device, kind_of, library
 from meditok.ops.quantize import _like, _tensor
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------
 
 
 def _check_attention(q: Any, k: Any, v: Any, attn_mask: Any, is_causal: bool) -> None:
@@ -34,13 +34,16 @@ def _check_attention(q: Any, k: Any, v: Any, attn_mask: Any, is_causal: bool) ->
     if attn_mask is not None and is_causal:
         raise ShapeError("attn_mask and is_causal=True were both given; fold the causal part into the mask")
     if attn_mask is not None and str(attn_mask.dtype) not in ("torch.bool", "bool", str(q.dtype)):
-        raise DtypeError(f"attn_mask has dtype {attn_mask.dtype}; bool (True = attend) or {q.dtype} is needed")
+        raise DtypeError(
+            f"attn_mask has dtype {attn_mask.dtype}; bool (True = attend) or {q.dtype} is needed"
+        )
 
 
-# ---- schema and kernels ----------------------------------------------------------------------------------------------
+# ---- schema and kernels ------------------------------------------------------------------------------------
 
 library.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask=None, *, bool is_causal=False, float? scale=None) -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask=None, *, "
+    "bool is_causal=False, float? scale=None) -> Tensor"
 )
 library.define(
     "attention_qkv(Tensor qkv, *, bool is_causal=False, float? scale=None, str? reduce=None) -> Tensor"
@@ -49,16 +52,18 @@ library.define(
 library.impl("attention", reference.attention, "CompositeImplicitAutograd")
 library.impl("attention_qkv", reference.attention_qkv, "CompositeImplicitAutograd")
 
-# ---- public ----------------------------------------------------------------------------------------------------------
+# ---- public ------------------------------------------------------------------------------------------------
 
 
 def attention(
     q: Any, k: Any, v: Any, attn_mask: Any = None, *, is_causal: bool = False, scale: float | None = None
 ) -> Any:
-    """Scaled dot-product attention: q (B, H, N, D), k and v (B, H, M, D) -> (B, H, N, D), strided as (B, N, H, D).
+    """Scaled dot-product attention: q (B, H, N, D), k and v (B, H, M, D) -> (B, H, N, D), strided as (B, N,
+    H, D).
 
-    attn_mask broadcasts to (B, H, N, M): bool with True = attend, or floats added to the scores. A row without any
-    key gives 0 with zero gradient. Causal masks align at the top left. Raises ShapeError, DtypeError, TypeError.
+    attn_mask broadcasts to (B, H, N, M): bool with True = attend, or floats added to the scores. A row
+    without any key gives 0 with zero gradient. Causal masks align at the top left. Raises ShapeError,
+    DtypeError, TypeError.
     """
     kind = kind_of(q, k, v, attn_mask)
     _check_attention(q, k, v, attn_mask, is_causal)
@@ -73,7 +78,8 @@ def attention(
 def attention_qkv(
     qkv: Any, *, is_causal: bool = False, scale: float | None = None, reduce: str | None = None
 ) -> Any:
-    """Self-attention of packed projections: qkv (B, N, 3, H, D) -> (B, N, H * D), or (B, N, D) with reduce="mean".
+    """Self-attention of packed projections: qkv (B, N, 3, H, D) -> (B, N, H * D), or (B, N, D) with
+    reduce="mean".
 
     Raises ShapeError, DtypeError, and ValueError for another `reduce`.
     """
@@ -85,7 +91,7 @@ def attention_qkv(
     if reduce not in (None, "mean"):
         raise ValueError(f"reduce={reduce!r} is not one of None, 'mean'")
     if kind != "torch":
-        return _like(kind, (reference.attention_qkv(_tensor(qkv), is_causal=is_causal, scale=scale, reduce=reduce),))[0]
+        return _like(
+            kind, (reference.attention_qkv(_tensor(qkv), is_causal=is_causal, scale=scale, reduce=reduce),)
+        )[0]
     return torch.ops.meditok.attention_qkv(qkv, is_causal=is_causal, scale=scale, reduce=reduce)
-
-

@@ -1,7 +1,7 @@
 """`pack_codebook`: a codebook in the layout the kernels read, made once instead of in every call.
 
-Equals the codebook itself in every op; only the time differs. Stale packing is the caller's duty: pack again after
-the codebook changes (modules drop theirs on update and load).
+Equals the codebook itself in every op; only the time differs. Stale packing is the caller's duty: pack again
+after the codebook changes (modules drop theirs on update and load).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ library.define("vq_pack(Tensor codebook, *, str metric) -> Tensor")
 
 def _bytes_needed(codebook: Tensor) -> int:
     on_kernel = native.backend == "native" and (
-        codebook.device.type == "cpu" or (codebook.device.type == "cuda" and native.cuda_usable(codebook.device.index or 0))
+        codebook.device.type == "cpu"
+        or (codebook.device.type == "cuda" and native.cuda_usable(codebook.device.index or 0))
     )
     return _native.packed_bytes(*codebook.shape) if on_kernel else 0
 
@@ -106,5 +107,7 @@ def split(codebook: Any, metric: str) -> tuple[Any, Any]:
     if not isinstance(codebook, PackedCodebook):
         return codebook, None
     if codebook.metric != metric:
-        raise ValueError(f"the codebook was packed for metric={codebook.metric!r}, but metric={metric!r} was asked for")
+        raise ValueError(
+            f"the codebook was packed for metric={codebook.metric!r}, but metric={metric!r} was asked for"
+        )
     return codebook.codebook, codebook.packed

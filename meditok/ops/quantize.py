@@ -4,7 +4,8 @@ vq_quantize: e = vq_lookup(vq_assign(x)); z = x_hat + (e - x_hat).detach();
              loss = commitment_weight * mse(x_hat, e.detach()) + codebook_weight * mse(e, x_hat.detach())
              with x_hat = F.normalize(x, dim=-1) for cosine, x for l2; x (N, G, C), codebook (G, K, C).
 vq_stats:    counts[g, k] = (ids[:, g] == k).sum(); sums[g, k] = x[ids[:, g] == k, g].sum(0)
-vq_update_:  ema = ema * decay + new * (1 - decay); codebook = normalised (cosine) or smoothed mean (l2) of it.
+vq_update_:  ema = ema * decay + new * (1 - decay); codebook = normalised (cosine) or smoothed mean (l2) of
+it.
 """
 
 from __future__ import annotations
@@ -17,37 +18,49 @@ from torch import Tensor
 
 from meditok.errors import DtypeError, ShapeError
 from meditok.ops import reference
-from meditok.ops._library import check_ids, check_metric, check_rank, check_same_device, dtype_name, kind_of, library
+from meditok.ops._library import (
+    check_ids,
+    check_metric,
+    check_rank,
+    check_same_device,
+    dtype_name,
+    kind_of,
+    library,
+)
 from meditok.ops.packed import split
 from meditok.ops.vq import check_assign
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------
 
 
 def _check_quantize(x: Any, codebook: Any, metric: str, mask: Any) -> None:
     check_assign(x, codebook, metric)
     if dtype_name(x) != dtype_name(codebook):
-        raise DtypeError(f"x is {x.dtype} and codebook {codebook.dtype}; one dtype is needed, convert one of them")
+        raise DtypeError(
+            f"x is {x.dtype} and codebook {codebook.dtype}; one dtype is needed, convert one of them"
+        )
     if mask is not None and (dtype_name(mask) != "bool" or tuple(mask.shape) != (x.shape[0],)):
         raise ShapeError(
-            f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; bool of shape ({x.shape[0]},) is needed, True = used"
+            f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
+            f"bool of shape ({x.shape[0]},) is needed, True = used"
         )
 
 
-# ---- schema and kernels ----------------------------------------------------------------------------------------------
+# ---- schema and kernels ------------------------------------------------------------------------------------
 
 library.define(
     "vq_quantize(Tensor x, Tensor codebook, Tensor? mask=None, Tensor? packed=None, *, str metric='cosine', "
-    "float commitment_weight=0.25, float codebook_weight=1.0, bool rotation=False) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float commitment_weight=0.25, float codebook_weight=1.0, bool rotation=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    "vq_quantize_backward(Tensor grad_z, Tensor grad_loss, Tensor x, Tensor codebook, Tensor ids, Tensor? mask, *, "
-    "str metric, float commitment_weight, float codebook_weight, bool rotation) -> (Tensor, Tensor)"
+    "vq_quantize_backward(Tensor grad_z, Tensor grad_loss, Tensor x, Tensor codebook, Tensor ids, "
+    "Tensor? mask, *, str metric, float commitment_weight, float codebook_weight, bool rotation) -> (Tensor, Tensor)"
 )
 library.define("vq_stats(Tensor x, Tensor ids, SymInt codes) -> (Tensor, Tensor)")
 library.define(
-    "vq_update_(Tensor(a!) codebook, Tensor(b!) ema_counts, Tensor(c!) ema_sums, Tensor counts, Tensor sums, *, "
-    "float decay, float eps, str metric='cosine') -> ()"
+    "vq_update_(Tensor(a!) codebook, Tensor(b!) ema_counts, Tensor(c!) ema_sums, Tensor counts, "
+    "Tensor sums, *, float decay, float eps, str metric='cosine') -> ()"
 )
 
 
@@ -87,7 +100,7 @@ library.impl("vq_quantize_backward", reference.vq_quantize_backward, "CompositeE
 library.impl("vq_stats", _stats, "CompositeExplicitAutograd")
 library.impl("vq_update_", reference.vq_update_, "CompositeExplicitAutograd")
 
-# ---- fake ------------------------------------------------------------------------------------------------------------
+# ---- fake --------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("meditok::vq_quantize", lib=library)
@@ -104,7 +117,9 @@ def _quantize_backward_fake(grad_z, grad_loss, x, codebook, ids, mask, **setting
 
 @torch.library.register_fake("meditok::vq_stats", lib=library)
 def _stats_fake(x, ids, codes):
-    return ids.new_empty((x.shape[1], codes)), x.new_empty((x.shape[1], codes, x.shape[2]), dtype=torch.float32)
+    return ids.new_empty((x.shape[1], codes)), x.new_empty(
+        (x.shape[1], codes, x.shape[2]), dtype=torch.float32
+    )
 
 
 @torch.library.register_fake("meditok::vq_update_", lib=library)
@@ -112,7 +127,7 @@ def _update_fake(codebook, ema_counts, ema_sums, counts, sums, **settings):
     return None
 
 
-# ---- autograd and vmap -----------------------------------------------------------------------------------------------
+# ---- autograd and vmap -------------------------------------------------------------------------------------
 
 
 def _quantize_setup(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -131,11 +146,14 @@ def _quantize_gradient(ctx, grad_z, grad_ids, grad_loss, grad_counts):
     return *grads, None, None
 
 
-torch.library.register_autograd("meditok::vq_quantize", _quantize_gradient, setup_context=_quantize_setup, lib=library)
+torch.library.register_autograd(
+    "meditok::vq_quantize", _quantize_gradient, setup_context=_quantize_setup, lib=library
+)
 
 
 def _one_by_one(op):
-    """A vmap rule that runs a batch element by element: the loss and the counts belong to each element alone."""
+    """A vmap rule that runs a batch element by element: the loss and the counts belong to each element
+    alone."""
 
     def rule(info, in_dims, *inputs, **settings):
         def pick(value, dim, index):
@@ -152,9 +170,11 @@ def _one_by_one(op):
 
 
 for _name in ("vq_quantize", "vq_quantize_backward", "vq_stats"):
-    torch.library.register_vmap(f"meditok::{_name}", _one_by_one(getattr(torch.ops.meditok, _name)), lib=library)
+    torch.library.register_vmap(
+        f"meditok::{_name}", _one_by_one(getattr(torch.ops.meditok, _name)), lib=library
+    )
 
-# ---- public ----------------------------------------------------------------------------------------------------------
+# ---- public ------------------------------------------------------------------------------------------------
 
 
 def vq_quantize(
@@ -169,10 +189,10 @@ def vq_quantize(
 ) -> tuple[Any, Any, Any, Any]:
     """Quantise for training: x (N, G, C), codebook (G, K, C) or PackedCodebook, mask (N,) bool, True = used.
 
-    Returns z (N, G, C), bit-equal to `vq_lookup(ids)`, whose gradient passes straight to the normalised x (turned and
-    scaled with `rotation`, Fifty et al. 2024); ids (N, G) int64; loss, a float32 scalar, the mean over used rows (0 if
-    none); counts (G, K) int64. Masked rows: id -1, z 0, no gradient. A NaN row of x gets id -1, a NaN z and loss.
-    Raises ShapeError, DtypeError, and TypeError for arrays of different kinds.
+    Returns z (N, G, C), bit-equal to `vq_lookup(ids)`, whose gradient passes straight to the normalised x
+    (turned and scaled with `rotation`, Fifty et al. 2024); ids (N, G) int64; loss, a float32 scalar, the mean
+    over used rows (0 if none); counts (G, K) int64. Masked rows: id -1, z 0, no gradient. A NaN row of x gets
+    id -1, a NaN z and loss. Raises ShapeError, DtypeError, and TypeError for arrays of different kinds.
     """
     codebook, packed = split(codebook, metric)
     kind = kind_of(x, codebook, mask)
@@ -191,15 +211,19 @@ def vq_quantize(
 
 
 def vq_stats(x: Any, ids: Any, K: int) -> tuple[Any, Any]:
-    """Statistics of an assignment: x (N, G, C), ids (N, G) in -1..K-1 -> counts (G, K) int64, sums (G, K, C) float32.
+    """Statistics of an assignment: x (N, G, C), ids (N, G) in -1..K-1 -> counts (G, K) int64, sums (G, K, C)
+    float32.
 
-    x is what the codebook averages (the normalised rows for cosine). Rows with id -1 are left out. Summed in blocks
-    of 4,096 rows in order, so the thread count never matters. Raises ShapeError, TokenRangeError, TypeError.
+    x is what the codebook averages (the normalised rows for cosine). Rows with id -1 are left out. Summed in
+    blocks of 4,096 rows in order, so the thread count never matters. Raises ShapeError, TokenRangeError,
+    TypeError.
     """
     kind = kind_of(x, ids)
     check_rank("x", x, "(N, G, C)")
     if tuple(ids.shape) != tuple(x.shape[:2]):
-        raise ShapeError(f"ids have shape {tuple(ids.shape)} and x {tuple(x.shape)}; (N, G) and (N, G, C) are needed")
+        raise ShapeError(
+            f"ids have shape {tuple(ids.shape)} and x {tuple(x.shape)}; (N, G) and (N, G, C) are needed"
+        )
     if kind != "torch":
         check_ids(np.maximum(ids, 0) if kind == "numpy" else ids.clip(0), K)
         return _like(kind, reference.vq_stats(_tensor(x), _tensor(ids), K))
@@ -219,10 +243,11 @@ def vq_update_(
     eps: float,
     metric: str = "cosine",
 ) -> None:
-    """EMA update in place (van den Oord et al. 2017, appendix A.1) of codebook and ema_sums (G, K, C), ema_counts (G, K).
+    """EMA update in place (van den Oord et al. 2017, appendix A.1) of codebook and ema_sums (G, K, C),
+    ema_counts (G, K).
 
-    counts (G, K) and sums (G, K, C) are those of `vq_stats`. Laplace smoothing by `eps` for l2; for cosine a row is the
-    normalised sum. Counts that are all zero change nothing. Raises ShapeError and TypeError.
+    counts (G, K) and sums (G, K, C) are those of `vq_stats`. Laplace smoothing by `eps` for l2; for cosine a
+    row is the normalised sum. Counts that are all zero change nothing. Raises ShapeError and TypeError.
     """
     kind = kind_of(codebook, ema_counts, ema_sums, counts, sums)
     check_metric(metric)
@@ -235,10 +260,14 @@ def vq_update_(
         ("sums", sums, shape),
     ):
         if tuple(array.shape) != needed:
-            raise ShapeError(f"{name} has shape {tuple(array.shape)}; {needed} is needed for a codebook of shape {shape}")
+            raise ShapeError(
+                f"{name} has shape {tuple(array.shape)}; {needed} is needed for a codebook of shape {shape}"
+            )
     settings = dict(decay=float(decay), eps=float(eps), metric=metric)
     if kind == "torch":
-        check_same_device(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums)
+        check_same_device(
+            codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums
+        )
         torch.ops.meditok.vq_update_(codebook, ema_counts, ema_sums, counts, sums, **settings)
         return
     state = [_tensor(array).clone() for array in (codebook, ema_counts, ema_sums)]

@@ -26,7 +26,8 @@ def sum_of_squares(rows: Tensor) -> Tensor:
 
 
 def square_root(values: Tensor) -> Tensor:
-    """Square root rounded to nearest, as IEEE 754 and the kernels have it; some builds of PyTorch miss it by an ulp.
+    """Square root rounded to nearest, as IEEE 754 and the kernels have it; some builds of PyTorch miss it by
+    an ulp.
 
     One Newton step whose residual values - root^2 is exact: the product is split in two (Dekker 1971).
     """
@@ -74,7 +75,8 @@ def vq_assign(x: Tensor, codebook: Tensor, *, metric: str = "cosine") -> Tensor:
             choosable = usable & ~score.isnan()
             score = score.masked_fill(~choosable, -torch.inf)
             best = score.argmax(-1)
-            # All choosable scores may be -inf (overflow): argmax then points at any code, so take the first one.
+            # All choosable scores may be -inf (overflow): argmax then points at any code, so take the first
+            # one.
             overflow = score.gather(-1, best[:, None]).squeeze(-1) == -torch.inf
             best = torch.where(overflow, choosable.to(torch.uint8).argmax(-1), best)
             found = choosable.any(-1) & torch.isfinite(row).all(-1)
@@ -95,7 +97,8 @@ def _scores(row: Tensor, columns: Tensor, norm: Tensor, metric: str) -> Tensor:
 
 
 def vq_lookup(ids: Tensor, codebook: Tensor, *, metric: str = "cosine") -> Tensor:
-    """ids (N, G), codebook (G, K, C) -> (N, G, C): the rows, normalised for cosine; an id outside 0..K-1 gives NaN."""
+    """ids (N, G), codebook (G, K, C) -> (N, G, C): the rows, normalised for cosine; an id outside 0..K-1
+    gives NaN."""
     groups, codes, width = codebook.shape
     inside = (ids >= 0) & (ids < codes)
     if codes == 0:
@@ -123,7 +126,8 @@ def vq_lookup_backward(grad: Tensor, ids: Tensor, codebook: Tensor, *, metric: s
 
 
 def normalise_backward(grad: Tensor, rows: Tensor) -> Tensor:
-    """Gradient of rows / max(|rows|, 1e-12): (g - u (u . g)) / |rows|; below the floor the norm is a constant."""
+    """Gradient of rows / max(|rows|, 1e-12): (g - u (u . g)) / |rows|; below the floor the norm is a
+    constant."""
     norm = rows.norm(dim=-1, keepdim=True)
     unit = rows / norm.clamp_min(FLOOR)
     along = torch.where(norm >= FLOOR, (unit * grad).sum(-1, keepdim=True), 0)
@@ -139,7 +143,9 @@ def unit_rows(x: Tensor, metric: str) -> Tensor:
 def count_ids(ids: Tensor, codes: int) -> Tensor:
     """ids (N, G) -> counts (G, K) int64; ids outside 0..K-1 are not counted."""
     groups = ids.shape[1]
-    counts = torch.zeros(groups * codes + 1, dtype=torch.int64, device=ids.device)  # the last one takes what is outside
+    counts = torch.zeros(
+        groups * codes + 1, dtype=torch.int64, device=ids.device
+    )  # the last one takes what is outside
     offset = torch.arange(groups, device=ids.device) * codes
     flat = torch.where((ids >= 0) & (ids < codes), ids + offset, groups * codes).flatten()
     counts.index_add_(0, flat, torch.ones_like(flat))
@@ -156,9 +162,11 @@ def vq_quantize(
     mask: Tensor | None = None,
     rotation: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z, ids, loss, counts) as `meditok.ops.vq_quantize`, differentiable by autograd alone: the oracle of its gradients.
+    """(z, ids, loss, counts) as `meditok.ops.vq_quantize`, differentiable by autograd alone: the oracle of
+    its gradients.
 
-    The loss is left in the dtype of the computation (float64 for float64 input), so that gradcheck can judge it.
+    The loss is left in the dtype of the computation (float64 for float64 input), so that gradcheck can judge
+    it.
     """
     with torch.no_grad():
         ids = vq_assign(x, codebook, metric=metric)
@@ -187,7 +195,8 @@ def vq_lookup_differentiable(ids: Tensor, codebook: Tensor, metric: str) -> Tens
 
 
 def rotate(hat: Tensor, code: Tensor) -> Tensor:
-    """The rotation trick (Fifty et al. 2024, section 4): scale and rotation taking x to its code, both held constant."""
+    """The rotation trick (Fifty et al. 2024, section 4): scale and rotation taking x to its code, both held
+    constant."""
     with torch.no_grad():
         hat_norm = hat.norm(dim=-1, keepdim=True).clamp_min(FLOOR)
         code_norm = code.norm(dim=-1, keepdim=True).clamp_min(FLOOR)
@@ -219,7 +228,9 @@ def vq_quantize_backward(
     keep = keep.unsqueeze(-1)  # (N, 1, 1)
     kept = keep.sum().clamp_min(1) * (x.shape[1] * x.shape[2])
     difference = torch.where(keep, hat - code, 0)
-    step = difference * (2 * grad_loss.to(hat.dtype) / kept)  # gradient of the mean square to hat, before its weight
+    step = difference * (
+        2 * grad_loss.to(hat.dtype) / kept
+    )  # gradient of the mean square to hat, before its weight
     grad = grad_z.to(hat.dtype)
     if rotation:
         hat_norm = hat.norm(dim=-1, keepdim=True).clamp_min(FLOOR)
@@ -239,7 +250,8 @@ def vq_quantize_backward(
 def vq_stats(x: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """x (N, G, C), ids (N, G) -> counts (G, K) int64, sums (G, K, C) float32.
 
-    Rows are summed in order inside blocks of 4,096 and the blocks in order, so that no thread count changes a bit.
+    Rows are summed in order inside blocks of 4,096 and the blocks in order, so that no thread count changes a
+    bit.
     """
     rows, groups, width = x.shape
     sums = torch.zeros(groups * codes, width, dtype=torch.float32, device=x.device)
@@ -264,10 +276,11 @@ def vq_update_(
     eps: float,
     metric: str = "cosine",
 ) -> None:
-    """EMA update in place (van den Oord et al. 2017, appendix A.1): codebook, ema_sums (G, K, C), ema_counts (G, K).
+    """EMA update in place (van den Oord et al. 2017, appendix A.1): codebook, ema_sums (G, K, C), ema_counts
+    (G, K).
 
-    l2: row = ema_sum / smoothed count, the counts smoothed by (n_k + eps) / (n + K eps) * n; cosine: row = the
-    normalised ema_sum. A row whose sum is zero stays as it is. Counts that are all zero change nothing.
+    l2: row = ema_sum / smoothed count, the counts smoothed by (n_k + eps) / (n + K eps) * n; cosine: row =
+    the normalised ema_sum. A row whose sum is zero stays as it is. Counts that are all zero change nothing.
     """
     any_counts = counts.sum() > 0
     new_counts = ema_counts * decay + counts.to(ema_counts.dtype) * (1 - decay)
@@ -299,7 +312,8 @@ def attention(
     if attn_mask is not None:
         open_ = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
         attended = open_.any(-1, keepdim=True)
-        # A row without a key attends to all of them for a moment, so that no NaN arises; its result is dropped below.
+        # A row without a key attends to all of them for a moment, so that no NaN arises; its result is
+        # dropped below.
         attn_mask = attn_mask | ~attended if attn_mask.dtype == torch.bool else attn_mask.where(attended, 0)
     if k.shape[-2] == 0:
         out = torch.zeros_like(q) + 0 * (k.sum() + v.sum())

@@ -2,8 +2,8 @@
 
 vq_assign(x, codebook) == (F.normalize(codebook, dim=-1) * x[:, :, None]).sum(-1).argmax(-1)      cosine
                        == (x[:, :, None] - codebook).square().sum(-1).argmin(-1)                   l2
-vq_lookup(ids, codebook) == F.normalize(codebook, dim=-1)[arange(G), ids]                          (not normalised for l2)
-with x (N, G, C), codebook (G, K, C), ids (N, G), evaluated in float64 in index order.
+vq_lookup(ids, codebook) == F.normalize(codebook, dim=-1)[arange(G), ids]                          (not
+normalised for l2) with x (N, G, C), codebook (G, K, C), ids (N, G), evaluated in float64 in index order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from meditok.ops._library import (
 )
 from meditok.ops.packed import pack_cupy, pack_numpy, split
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------
 
 
 def check_assign(x: Any, codebook: Any, metric: str) -> None:
@@ -40,7 +40,8 @@ def check_assign(x: Any, codebook: Any, metric: str) -> None:
     check_float("codebook", codebook)
     if x.shape[1] != codebook.shape[0] or x.shape[2] != codebook.shape[2]:
         raise ShapeError(
-            f"x has shape {tuple(x.shape)} and codebook {tuple(codebook.shape)}; (N, G, C) and (G, K, C) must share G and C"
+            f"x has shape {tuple(x.shape)} and codebook {tuple(codebook.shape)}; "
+            "(N, G, C) and (G, K, C) must share G and C"
         )
 
 
@@ -51,24 +52,31 @@ def _check_lookup(ids: Any, codebook: Any, metric: str) -> None:
     check_float("codebook", codebook)
     if ids.shape[1] != codebook.shape[0]:
         raise ShapeError(
-            f"ids have shape {tuple(ids.shape)} and codebook {tuple(codebook.shape)}; (N, G) and (G, K, C) must share G"
+            f"ids have shape {tuple(ids.shape)} and codebook {tuple(codebook.shape)}; "
+            "(N, G) and (G, K, C) must share G"
         )
     if dtype_name(ids) not in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32"):
         raise DtypeError(f"ids have dtype {ids.dtype}; an integer type is needed, int64 by custom")
 
 
-# ---- schema and kernels ----------------------------------------------------------------------------------------------
+# ---- schema and kernels ------------------------------------------------------------------------------------
 
 library.define("vq_assign(Tensor x, Tensor codebook, Tensor? packed=None, *, str metric='cosine') -> Tensor")
 library.define("vq_lookup(Tensor ids, Tensor codebook, *, str metric='cosine') -> Tensor")
-library.define("vq_lookup_backward(Tensor grad, Tensor ids, Tensor codebook, *, str metric='cosine') -> Tensor")
+library.define(
+    "vq_lookup_backward(Tensor grad, Tensor ids, Tensor codebook, *, str metric='cosine') -> Tensor"
+)
 
 
-def _assign_reference(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
+def _assign_reference(
+    x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine"
+) -> Tensor:
     return reference.vq_assign(x, codebook, metric=metric)
 
 
-def _assign_native(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
+def _assign_native(
+    x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine"
+) -> Tensor:
     ids = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
     if packed is None or packed.numel() == 0:
         packed = torch.ops.meditok.vq_pack(codebook, metric=metric)
@@ -86,7 +94,9 @@ def _lookup_native(ids: Tensor, codebook: Tensor, *, metric: str = "cosine") -> 
     return out
 
 
-def _assign_cuda(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
+def _assign_cuda(
+    x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine"
+) -> Tensor:
     kernel = _assign_native if native.cuda_usable(x.device.index) else _assign_reference
     return kernel(x, codebook, packed, metric=metric)
 
@@ -105,11 +115,13 @@ if native.backend == "native":
     library.impl("vq_assign", _assign_cuda, "CUDA")
     library.impl("vq_lookup", _lookup_cuda, "CUDA")
 
-# ---- fake ------------------------------------------------------------------------------------------------------------
+# ---- fake --------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("meditok::vq_assign", lib=library)
-def _assign_fake(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
+def _assign_fake(
+    x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine"
+) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
@@ -123,7 +135,7 @@ def _lookup_backward_fake(grad: Tensor, ids: Tensor, codebook: Tensor, *, metric
     return codebook.new_empty(codebook.shape)
 
 
-# ---- autograd and vmap -----------------------------------------------------------------------------------------------
+# ---- autograd and vmap -------------------------------------------------------------------------------------
 
 
 def _lookup_setup(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -136,7 +148,9 @@ def _lookup_gradient(ctx, grad):
     return None, torch.ops.meditok.vq_lookup_backward(grad, ids, codebook, metric=ctx.metric)
 
 
-torch.library.register_autograd("meditok::vq_lookup", _lookup_gradient, setup_context=_lookup_setup, lib=library)
+torch.library.register_autograd(
+    "meditok::vq_lookup", _lookup_gradient, setup_context=_lookup_setup, lib=library
+)
 
 
 def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -169,16 +183,17 @@ def _lookup_vmap(info, in_dims, ids, codebook, *, metric="cosine"):
 torch.library.register_vmap("meditok::vq_assign", _assign_vmap, lib=library)
 torch.library.register_vmap("meditok::vq_lookup", _lookup_vmap, lib=library)
 
-# ---- public ----------------------------------------------------------------------------------------------------------
+# ---- public ------------------------------------------------------------------------------------------------
 
 
 def vq_assign(x: Any, codebook: Any, *, metric: str = "cosine") -> Any:
     """Ids of the best codes: x (N, G, C), codebook (G, K, C) or PackedCodebook -> (N, G) int64.
 
-    cosine: largest (sum_i x_i c_i) / max(|c|, 1e-12); l2: smallest sum_i (x_i - c_i)^2; in float64 from exactly
-    upcast inputs (float32, float16, bfloat16, float64; x and codebook may differ), the lowest id among equals. The same
-    ids on every backend, instruction set, thread count and batch shape. A row of x with a NaN or infinity gets -1,
-    a code with one is never chosen. Raises ShapeError, DtypeError, and TypeError for arrays of different kinds.
+    cosine: largest (sum_i x_i c_i) / max(|c|, 1e-12); l2: smallest sum_i (x_i - c_i)^2; in float64 from
+    exactly upcast inputs (float32, float16, bfloat16, float64; x and codebook may differ), the lowest id
+    among equals. The same ids on every backend, instruction set, thread count and batch shape. A row of x
+    with a NaN or infinity gets -1, a code with one is never chosen. Raises ShapeError, DtypeError, and
+    TypeError for arrays of different kinds.
     """
     codebook, packed = split(codebook, metric)
     kind = kind_of(x, codebook)
@@ -197,11 +212,13 @@ def vq_assign(x: Any, codebook: Any, *, metric: str = "cosine") -> Any:
 
 
 def vq_lookup(ids: Any, codebook: Any, *, metric: str = "cosine") -> Any:
-    """Rows of the codebook: ids (N, G) integers, codebook (G, K, C) or PackedCodebook -> (N, G, C) of its dtype.
+    """Rows of the codebook: ids (N, G) integers, codebook (G, K, C) or PackedCodebook -> (N, G, C) of its
+    dtype.
 
     Rows are normalised for cosine: c / max(|c|, 1e-12) in float64, rounded to float32 and then to the dtype.
-    Differentiable to the codebook. Raises TokenRangeError for ids outside 0..K-1 where values are checked (see
-    `meditok.ops.checks`; unchecked, such a row is NaN), ShapeError, DtypeError, and TypeError for mixed kinds.
+    Differentiable to the codebook. Raises TokenRangeError for ids outside 0..K-1 where values are checked
+    (see `meditok.ops.checks`; unchecked, such a row is NaN), ShapeError, DtypeError, and TypeError for mixed
+    kinds.
     """
     codebook, _ = split(codebook, metric)
     kind = kind_of(ids, codebook)
@@ -214,7 +231,9 @@ def vq_lookup(ids: Any, codebook: Any, *, metric: str = "cosine") -> Any:
     if kind == "cupy":
         return _lookup_cupy(ids, codebook, metric)
     if native.backend != "native":
-        return reference.vq_lookup(_to_torch(ids.astype(np.int64)), _to_torch(codebook), metric=metric).numpy()
+        return reference.vq_lookup(
+            _to_torch(ids.astype(np.int64)), _to_torch(codebook), metric=metric
+        ).numpy()
     ids, codebook = _plain(ids.astype(np.int64, copy=False)), _plain(codebook)
     out = np.empty((*ids.shape, codebook.shape[2]), dtype=codebook.dtype)
     _native.lookup(ids, codebook, metric, out)
@@ -224,7 +243,11 @@ def vq_lookup(ids: Any, codebook: Any, *, metric: str = "cosine") -> Any:
 def _plain(array: np.ndarray) -> np.ndarray:
     """The array itself unless its byte order or alignment is foreign: then a copy the kernels can read."""
     steps = all(stride % array.itemsize == 0 for stride in array.strides)
-    return array if array.dtype.isnative and array.flags.aligned and steps else np.array(array, dtype=array.dtype.newbyteorder("="))
+    return (
+        array
+        if array.dtype.isnative and array.flags.aligned and steps
+        else np.array(array, dtype=array.dtype.newbyteorder("="))
+    )
 
 
 def _to_torch(array: np.ndarray) -> Tensor:
@@ -246,7 +269,9 @@ def _lookup_cupy(ids: Any, codebook: Any, metric: str) -> Any:
     import cupy
 
     if not native.cuda_usable(codebook.device.id):
-        return cupy.asarray(reference.vq_lookup(torch.as_tensor(ids), torch.as_tensor(codebook), metric=metric))
+        return cupy.asarray(
+            reference.vq_lookup(torch.as_tensor(ids), torch.as_tensor(codebook), metric=metric)
+        )
     with codebook.device:
         out = cupy.empty((*ids.shape, codebook.shape[2]), dtype=codebook.dtype)
         _native.lookup(ids.astype(cupy.int64, copy=False), codebook, metric, out)

@@ -56,12 +56,15 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor, what: str = ""
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a fresh interpreter that sees this source tree or the installed package as this one does."""
+    """Runs code in a fresh interpreter that sees this source tree or the installed package as this one
+    does."""
     import meditok
 
     path = str(Path(meditok.__file__).resolve().parents[1])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=300
+    )
 
 
 def adversarial_codebooks(codes: int, width: int) -> dict[str, torch.Tensor]:
@@ -97,7 +100,8 @@ def adversarial_codebooks(codes: int, width: int) -> dict[str, torch.Tensor]:
 
 
 def near_ties(codes: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (N, 1, C) off the codes, codebook (1, K, C) whose rows differ from a few by one or two ulp in one element."""
+    """x (N, 1, C) off the codes, codebook (1, K, C) whose rows differ from a few by one or two ulp in one
+    element."""
     generator = np.random.default_rng(seed)
     base = generator.standard_normal((max(1, codes // 8), width)).astype(np.float32)
     rows = base[np.arange(codes) % len(base)]
@@ -105,7 +109,9 @@ def near_ties(codes: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Te
         column = generator.integers(width)
         for _ in range(generator.integers(0, 3)):
             row[column] = np.nextafter(row[column], np.float32(np.inf if generator.integers(2) else -np.inf))
-    x = base[generator.integers(len(base), size=64)] + 0.3 * generator.standard_normal((64, width)).astype(np.float32)
+    x = base[generator.integers(len(base), size=64)] + 0.3 * generator.standard_normal((64, width)).astype(
+        np.float32
+    )
     return torch.from_numpy(x)[:, None].contiguous(), torch.from_numpy(rows)[None].contiguous()
 
 

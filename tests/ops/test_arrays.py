@@ -44,7 +44,9 @@ def test_numpy_in_numpy_out(metric, dtype):
         pytest.param(lambda a: np.asfortranarray(a), id="fortran"),
         pytest.param(lambda a: np.broadcast_to(a[:1], a.shape), id="broadcast"),
         pytest.param(lambda a: a.astype(a.dtype.newbyteorder()), id="foreign bytes"),
-        pytest.param(lambda a: np.frombuffer(b"x" + a.tobytes(), np.uint8)[1:].view(a.dtype).reshape(a.shape), id="odd"),
+        pytest.param(
+            lambda a: np.frombuffer(b"x" + a.tobytes(), np.uint8)[1:].view(a.dtype).reshape(a.shape), id="odd"
+        ),
     ],
 )
 def test_any_memory_layout(view):

@@ -1,4 +1,5 @@
-"""attention and attention_qkv equal scaled_dot_product_attention, with a defined answer for fully masked rows."""
+"""attention and attention_qkv equal scaled_dot_product_attention, with a defined answer for fully masked
+rows."""
 
 from __future__ import annotations
 

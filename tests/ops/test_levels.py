@@ -1,4 +1,5 @@
-"""Every instruction set: chosen by the environment in a fresh interpreter, or emulated where the machine lacks it."""
+"""Every instruction set: chosen by the environment in a fresh interpreter, or emulated where the machine
+lacks it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,17 @@ import torch
 from meditok import native
 from meditok.ops import reference
 
-from .helpers import LEVELS, METRICS, ROOT, adversarial_codebooks, assert_same_ids, levels_here, near_ties, randn, run_python
+from .helpers import (
+    LEVELS,
+    METRICS,
+    ROOT,
+    adversarial_codebooks,
+    assert_same_ids,
+    levels_here,
+    near_ties,
+    randn,
+    run_python,
+)
 
 needs_core = pytest.mark.skipif(native.core is None, reason="the compiled core is not built")
 
@@ -25,7 +36,8 @@ from meditok.ops import reference
 generator = torch.Generator().manual_seed(5)
 x, codebook = torch.randn(300, 2, 8, generator=generator), torch.randn(2, 1000, 8, generator=generator)
 for metric in ("cosine", "l2"):
-    assert torch.equal(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
+    assert torch.equal(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook,
+    metric=metric))
 print(native.backend, native.isa)
 """
 
@@ -33,7 +45,8 @@ print(native.backend, native.isa)
 @needs_core
 @pytest.mark.parametrize("level", LEVELS)
 def test_each_level_by_environment(level):
-    """MEDITOK_ISA chooses the level of a fresh interpreter; one that is not there is an error naming what is."""
+    """MEDITOK_ISA chooses the level of a fresh interpreter; one that is not there is an error naming what
+    is."""
     result = run_python(ASSIGN, MEDITOK_ISA=level)
     if level in levels_here():
         assert result.stdout.split() == ["native", level], result.stderr
@@ -112,7 +125,13 @@ def emulated(tmp_path_factory):
     sources = ["common/isa.cpp", "common/threads.cpp", "vq/vq_scalar.cpp", "vq/vq_pack.cpp", "vq/vq_cpu.cpp"]
     paths = [ROOT / "csrc" / name for name in [*sources, "vq/vq_avx512.cpp"]]
     flags = "-std=c++17 -O1 -fPIC -shared -pthread -mavx2 -mfma -ffp-contract=off -DMEDITOK_SIMDE".split()
-    command = ["g++", *flags, "-DMEDITOK_HAVE_AVX512", f"-I{ROOT / 'csrc'}", ROOT / "tests/ops/simde_assign.cpp"]
+    command = [
+        "g++",
+        *flags,
+        "-DMEDITOK_HAVE_AVX512",
+        f"-I{ROOT / 'csrc'}",
+        ROOT / "tests/ops/simde_assign.cpp",
+    ]
     result = subprocess.run([*command, *paths, "-o", library], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     entry = ctypes.CDLL(str(library)).assign
@@ -132,7 +151,14 @@ def emulated(tmp_path_factory):
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_avx512_source_gives_the_same_ids(emulated, metric):
     """Shapes around the tile edges, adversarial codebooks and near ties through the emulated AVX-512 file."""
-    for rows, codes, width in [(1, 1, 1), (7, 33, 3), (8, 257, 8), (9, 4099, 8), (17, 100, 40), (50, 1025, 4)]:
+    for rows, codes, width in [
+        (1, 1, 1),
+        (7, 33, 3),
+        (8, 257, 8),
+        (9, 4099, 8),
+        (17, 100, 40),
+        (50, 1025, 4),
+    ]:
         x, codebook = randn(rows, 2, width), randn(2, codes, width, seed=1)
         expected = reference.vq_assign(x, codebook, metric=metric)
         assert_same_ids(emulated(x, codebook, metric), expected, f"{rows} {codes} {width}")

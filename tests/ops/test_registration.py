@@ -1,4 +1,5 @@
-"""The ops as PyTorch sees them: opcheck, torch.compile, export, vmap; and the attention ops' own behaviour."""
+"""The ops as PyTorch sees them: opcheck, torch.compile, export, vmap; and the attention ops' own
+behaviour."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ OPS = {
         dict(decay=0.9, eps=1e-5, metric=metric),
     ),
     "attention": lambda metric: ((grad(randn(2, 3, 5, 4)),) * 3, dict(is_causal=metric == "l2")),
-    "attention_qkv": lambda metric: ((grad(randn(2, 5, 3, 2, 4)),), dict(reduce="mean" if metric == "l2" else None)),
+    "attention_qkv": lambda metric: (
+        (grad(randn(2, 5, 3, 2, 4)),),
+        dict(reduce="mean" if metric == "l2" else None),
+    ),
 }
 
 

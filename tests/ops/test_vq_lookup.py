@@ -1,4 +1,5 @@
-"""vq_lookup gathers rows, normalised for cosine, bit-equal to the reference; wrong ids are named before any gather."""
+"""vq_lookup gathers rows, normalised for cosine, bit-equal to the reference; wrong ids are named before any
+gather."""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ def test_training_runs_the_native_kernels():
 
 
 def test_statistics_count_and_sum():
-    """Counts and sums by hand; id -1 is left out, any other wrong id is an error; thread counts change no bit."""
+    """Counts and sums by hand; id -1 is left out, any other wrong id is an error; thread counts change no
+    bit."""
     x, ids = randn(9000, 2, 3), torch.randint(-1, 7, (9000, 2), generator=torch.Generator().manual_seed(1))
     counts, sums = ops.vq_stats(x, ids, 7)
     for g in range(2):
