@@ -40,13 +40,25 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
                 label = f"{path}/{info.name}"
                 reason = _unsafe(info)
                 if reason:
-                    failed.append((label, UnsafeFileError(f"{label}: {reason}; it was not read; make the tar again without it")))
+                    failed.append(
+                        (
+                            label,
+                            UnsafeFileError(
+                                f"{label}: {reason}; it was not read; make the tar again without it"
+                            ),
+                        )
+                    )
                     continue
                 if info.isdir():
                     continue
                 name = PurePosixPath(info.name).as_posix()
                 if name in seen:
-                    failed.append((label, BadInputError(f"{label}: occurs twice in the tar; give members different keys")))
+                    failed.append(
+                        (
+                            label,
+                            BadInputError(f"{label}: occurs twice in the tar; give members different keys"),
+                        )
+                    )
                     continue
                 seen.add(name)
                 if info.offset_data + info.size > size:
@@ -60,7 +72,14 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
                 else:
                     ignored.append((label, "not an image"))
     except (tarfile.TarError, EOFError, OSError) as error:
-        failed.append((path, CorruptImageError(f"{path}: the tar is cut or damaged after {len(seen)} members; get it again")))
+        failed.append(
+            (
+                path,
+                CorruptImageError(
+                    f"{path}: the tar is cut or damaged after {len(seen)} members; get it again"
+                ),
+            )
+        )
         del error
     good = []
     for member in members:
@@ -97,7 +116,9 @@ def _key(name: str) -> str:
 
 def _json(blob: Blob) -> dict:
     if blob.size > _MAX_JSON:
-        raise UnsafeFileError(f"{blob.label}: a sidecar of {blob.size} bytes, over the limit of {_MAX_JSON}; make it smaller")
+        raise UnsafeFileError(
+            f"{blob.label}: a sidecar of {blob.size} bytes, over the limit of {_MAX_JSON}; make it smaller"
+        )
     try:
         record = json.loads(blob.read().decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -21,7 +21,12 @@ class Geometry:
     fit: str = "none"  # none | pad | stretch | crop | tile
     scale_y: float = 1.0  # fitted height / native height
     scale_x: float = 1.0  # fitted width / native width
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right in fitted pixels; negative = cropped
+    pad: tuple[int, int, int, int] = (
+        0,
+        0,
+        0,
+        0,
+    )  # top, bottom, left, right in fitted pixels; negative = cropped
     spacing: tuple[float, float, float] | None = None  # mm per voxel along i, j, k
     affine: tuple[float, ...] | None = None  # 16 numbers
     space: str = "RAS+mm"

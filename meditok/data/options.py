@@ -16,8 +16,10 @@ MODALITIES = (
 _ALIASES = {
     "mri": "mr", "ultrasound": "us", "x-ray": "xr", "xray": "xr", "x_ray": "xr", "cxr": "xr", "cr": "xr",
     "dx": "xr", "rf": "xr", "xa": "xr", "rg": "xr", "mammography": "mg", "mammo": "mg", "pet": "pt",
-    "nuclear": "nm", "spect": "nm", "pathology": "histology", "histopathology": "histology", "he": "histology",
-    "derm": "dermoscopy", "retina": "fundus", "cfp": "fundus", "endo": "endoscopy", "microscope": "microscopy",
+    "nuclear": "nm", "spect": "nm",
+    "pathology": "histology", "histopathology": "histology", "he": "histology",
+    "derm": "dermoscopy", "retina": "fundus",
+    "cfp": "fundus", "endo": "endoscopy", "microscope": "microscopy",
 }  # fmt: skip
 
 
@@ -115,7 +117,9 @@ class ReadOptions:
         if self.modality is not None:
             code = modality_code(self.modality)
             if code is None:
-                raise UsageError(f"modality {self.modality!r} is not known; choose one of {', '.join(MODALITIES)}")
+                raise UsageError(
+                    f"modality {self.modality!r} is not known; choose one of {', '.join(MODALITIES)}"
+                )
             object.__setattr__(self, "modality", code)
         _one_of("nonfinite", self.nonfinite, ("error", "zero", "min"))
         _one_of("plane", self.plane, ("axial", "coronal", "sagittal", "native"))

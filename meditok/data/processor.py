@@ -53,16 +53,26 @@ class Processor:
             "geometry": [image.geometry for image in images],
         }
 
-    def post_process(self, pixel_values: torch.Tensor, batch: dict | Sequence[Geometry]) -> list[torch.Tensor]:
+    def post_process(
+        self, pixel_values: torch.Tensor, batch: dict | Sequence[Geometry]
+    ) -> list[torch.Tensor]:
         """Undo the fitting: (B, 3, S, S) -> a list of float32 (3, H, W) at native size, still in [-1, 1]."""
         geometries = batch["geometry"] if isinstance(batch, dict) else list(batch)
         if len(geometries) != len(pixel_values):
-            raise ShapeError(f"{len(pixel_values)} pictures for {len(geometries)} geometries; pass the batch they came from")
+            raise ShapeError(
+                f"{len(pixel_values)} pictures for {len(geometries)} geometries; pass the batch they "
+                "came from"
+            )
         return [unfit(pixels, geometry) for pixels, geometry in zip(pixel_values, geometries, strict=True)]
 
     def to_dict(self) -> dict:
         """What preprocessor_config.json holds."""
-        return {"size": self.size, "multiple": self.multiple, "resample": "bilinear antialiased", "pad_value": -1.0}
+        return {
+            "size": self.size,
+            "multiple": self.multiple,
+            "resample": "bilinear antialiased",
+            "pad_value": -1.0,
+        }
 
     @classmethod
     def from_dict(cls, record: dict) -> Processor:
@@ -78,7 +88,9 @@ def as_images(images, options: ReadOptions) -> list[MedicalImage]:
     if isinstance(images, (list, tuple)) and not (images and isinstance(images[0], (int, float))):
         return [found for image in images for found in as_images(image, options)]
     if not hasattr(images, "shape") and not hasattr(images, "__array_interface__"):
-        raise UsageError(f"images of type {type(images).__name__}; give paths, arrays, tensors or MedicalImages")
+        raise UsageError(
+            f"images of type {type(images).__name__}; give paths, arrays, tensors or MedicalImages"
+        )
     return [array_image(pixels, images, options) for pixels in to_pixels(images, options.layout)]
 
 

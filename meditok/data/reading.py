@@ -27,7 +27,8 @@ def read(
     if frame is None:
         if reader.frames != 1:
             raise MultiFrameError(
-                f"{reader.where}: holds {reader.frames} frames or slices; choose one with frame=0..{reader.frames - 1}, "
+                f"{reader.where}: holds {reader.frames} frames or slices; choose one with "
+                f"frame=0..{reader.frames - 1}, "
                 "or go through them with frames()",
                 reader.frames,
             )
@@ -59,7 +60,11 @@ def frames(
                 yield row.image
         return
     reader = open_blob(Blob.of(source), options)
-    chosen = range(reader.frames) if options.frame is None else [check_frame(options.frame, reader.frames, reader.where)]
+    chosen = (
+        range(reader.frames)
+        if options.frame is None
+        else [check_frame(options.frame, reader.frames, reader.where)]
+    )
     for index in chosen:
         yield reader.image(index)
 

@@ -61,6 +61,8 @@ class Source:
         """Every picture, lazily and in order; a picture that cannot be read is a row with its error."""
         try:
             reader = self.open()
+            if hasattr(reader, "prepare"):
+                reader.prepare()
         except MeditokError as error:
             yield Row(f"{self.name}#0", self.path, None, error, dict(self.columns))
             return
@@ -108,8 +110,10 @@ class Source:
             record = records.setdefault(
                 file,
                 {
-                    "name": file, "path": row.path, "modality": self.modality, "syntax": syntax, "height": None,
-                    "width": None, "frames": 0, "window": None, "low": None, "high": None, "unit": None, "steps": [],
+                    "name": file, "path": row.path, "modality": self.modality, "syntax": syntax,
+                    "height": None,
+                    "width": None, "frames": 0, "window": None, "low": None, "high": None, "unit": None,
+                    "steps": [],
                     "warnings": list(self.warnings) if not records else [], "error": None, "error_type": None,
                     "exit_code": 0,
                 },
@@ -118,15 +122,17 @@ class Source:
             if row.error is not None:
                 if record["error"] is None:
                     record.update(
-                        error=str(row.error), error_type=type(row.error).__name__, exit_code=row.error.exit_code
+                        error=str(row.error),
+                        error_type=type(row.error).__name__,
+                        exit_code=row.error.exit_code,
                     )
                 continue
             image = row.image
             record["warnings"] += [note for note in image.warnings if note not in record["warnings"]]
             if record["height"] is None:
                 record.update(
-                    modality=image.modality, height=image.height, width=image.width, window=image.window, low=image.low,
-                    high=image.high, unit=image.unit, steps=list(image.steps),
+                    modality=image.modality, height=image.height, width=image.width, window=image.window,
+                    low=image.low, high=image.high, unit=image.unit, steps=list(image.steps),
                 )  # fmt: skip
         return list(records.values())
 
@@ -180,7 +186,9 @@ def _expand(item: str, discovery: Discovery, found: list[_Found]) -> None:
                 path = os.path.join(folder, file)
                 name = manifest.relative_name(path, item)
                 if file.startswith(".") or name == manifest.LABEL_FILE:
-                    discovery.ignored.append((path, "labels of this folder" if name == manifest.LABEL_FILE else "hidden file"))
+                    discovery.ignored.append(
+                        (path, "labels of this folder" if name == manifest.LABEL_FILE else "hidden file")
+                    )
                 elif file.lower().endswith(".tar"):
                     _expand_tar(path, name, discovery, found)
                 else:
@@ -229,7 +237,8 @@ def _refuse_equal_names(found: list[_Found]) -> None:
     for file in found:
         if file.name in seen:
             raise UsageError(
-                f"{seen[file.name]} and {file.blob.label} have the same name {file.name} relative to their inputs; "
+                f"{seen[file.name]} and {file.blob.label} have the same name {file.name} relative to "
+                "their inputs; "
                 "give their common parent folder instead"
             )
         seen[file.name] = file.blob.label
@@ -252,7 +261,14 @@ def _sort_out(file: _Found, options: ReadOptions, discovery: Discovery, dicom: l
         dicom.append((file, own))
         return
     discovery.sources.append(
-        Source(file.blob.label, file.name, own, own.modality or _sidecar(kind, file.blob), file.columns, [file.blob])
+        Source(
+            file.blob.label,
+            file.name,
+            own,
+            own.modality or _sidecar(kind, file.blob),
+            file.columns,
+            [file.blob],
+        )
     )
 
 
@@ -310,7 +326,9 @@ def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, optio
         if file.columns:
             source.row_columns[file.name] = file.columns
     if options.series is not None and not matched:
-        raise UsageError("--series matches no SeriesInstanceUID or SeriesNumber of the inputs; see meditok inspect")
+        raise UsageError(
+            "--series matches no SeriesInstanceUID or SeriesNumber of the inputs; see meditok inspect"
+        )
     splits: dict[str, int] = {}
     for source in groups.values():
         splits[source.slices[0].series] = splits.get(source.slices[0].series, 0) + 1
@@ -321,7 +339,9 @@ def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, optio
     for source in groups.values():
         count = splits.pop(source.slices[0].series, 1)
         if count > 1:
-            discovery.warnings.append(f"{source.path}: its series holds {count} orientations, sizes or spacings; kept apart")
+            discovery.warnings.append(
+                f"{source.path}: its series holds {count} orientations, sizes or spacings; kept apart"
+            )
 
 
 def _check_ct_window(discovery: Discovery, options: ReadOptions) -> None:
@@ -335,10 +355,13 @@ def _check_ct_window(discovery: Discovery, options: ReadOptions) -> None:
         return
     if len(discovery.sources) == 1 and not discovery.ignored and not discovery.failed:
         source = discovery.sources.pop()
-        message = f"{source.path}: window {request.name!r} is in Hounsfield units and this is not CT; use auto or LOW:HIGH"
+        what = f"window {request.name!r} is in Hounsfield units and this is not CT"
+        message = f"{source.path}: {what}; use auto or LOW:HIGH"
         discovery.failed.append((source.path, IntensityError(message)))
         return
-    raise UsageError(f"window {request.name!r} is for CT and none of the inputs is; pass --modality ct, or another window")
+    raise UsageError(
+        f"window {request.name!r} is for CT and none of the inputs is; pass --modality ct, or another window"
+    )
 
 
 def parent_name(name: str) -> str:

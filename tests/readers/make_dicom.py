@@ -18,8 +18,10 @@ IMPLICIT, EXPLICIT, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.
 BIG = "1.2.840.10008.1.2.2"
 SOP = {
     "CT": "1.2.840.10008.5.1.4.1.1.2", "MR": "1.2.840.10008.5.1.4.1.1.4", "US": "1.2.840.10008.5.1.4.1.1.6.1",
-    "CR": "1.2.840.10008.5.1.4.1.1.1", "PT": "1.2.840.10008.5.1.4.1.1.128", "NM": "1.2.840.10008.5.1.4.1.1.20",
-    "SC": "1.2.840.10008.5.1.4.1.1.7", "ECT": "1.2.840.10008.5.1.4.1.1.2.1", "USMF": "1.2.840.10008.5.1.4.1.1.3.1",
+    "CR": "1.2.840.10008.5.1.4.1.1.1",
+    "PT": "1.2.840.10008.5.1.4.1.1.128", "NM": "1.2.840.10008.5.1.4.1.1.20",
+    "SC": "1.2.840.10008.5.1.4.1.1.7",
+    "ECT": "1.2.840.10008.5.1.4.1.1.2.1", "USMF": "1.2.840.10008.5.1.4.1.1.3.1",
 }  # fmt: skip
 SERIES = "1.2.826.0.1.3680043.8.498.1"
 
@@ -77,7 +79,8 @@ def slice_tags(z: float, instance: int, spacing: float = 1.0, **tags) -> dict:
     """Tags that place an axial slice at height z."""
     return {
         "ImagePositionPatient": [-10.0, -20.0, z], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-        "PixelSpacing": [spacing, spacing], "SliceThickness": 2.0, "InstanceNumber": instance, "instance": instance,
+        "PixelSpacing": [spacing, spacing], "SliceThickness": 2.0, "InstanceNumber": instance,
+        "instance": instance,
     } | tags  # fmt: skip
 
 
@@ -90,12 +93,18 @@ def patch_length(path: Path, tag: bytes, length: int) -> Path:
     return path
 
 
+def deflated_zeros(head: bytes, megabytes: int, wbits: int) -> bytes:
+    """A deflate stream of `head` and then zeros: one flushed block of a mebibyte, repeated."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, wbits)
+    start = packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return start + block * megabytes + packer.flush()
+
+
 def deflated_bomb(path: Path, megabytes: int = 1024) -> Path:
     """A deflated DICOM whose data set inflates to `megabytes` of zeros from about a thousandth of that."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    body = packer.compress(b"\x09\x00\x10\x10OB\0\0" + struct.pack("<I", megabytes << 20))
-    zeros = bytes(1 << 20)
-    body += b"".join(packer.compress(zeros) for _ in range(megabytes)) + packer.flush()
+    head = b"\x09\x00\x10\x10OB\0\0" + struct.pack("<I", megabytes << 20)
+    body = deflated_zeros(head, megabytes, -15)
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID(SOP["MR"]), UID("1.2.3")
     meta.TransferSyntaxUID, meta.ImplementationClassUID = UID(DEFLATED), UID("1.2.3.4")

@@ -7,7 +7,22 @@ from meditok.data.readers.blob import Blob
 from meditok.errors import CorruptImageError, NotAnImageError
 
 IMAGE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".dcm", ".dicom", ".ima", ".nii", ".nii.gz", ".npy")
+    (
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".dcm",
+        ".dicom",
+        ".ima",
+        ".nii",
+        ".nii.gz",
+        ".npy",
+    )
 )
 
 
@@ -28,7 +43,9 @@ def sniff(blob: Blob) -> str | None:
         if blob.suffix in (".dcm", ".dicom", ".ima") and head:
             return "dicom"
         what = "empty" if not head else f"{blob.size} bytes that are no known image"
-        raise CorruptImageError(f"{blob.label}: {what}, although named {blob.suffix}; 0 rows can be read; get the file again")
+        raise CorruptImageError(
+            f"{blob.label}: {what}, although named {blob.suffix}; 0 rows can be read; get the file again"
+        )
     return kind
 
 
@@ -53,7 +70,7 @@ def _magic(head: bytes, blob: Blob) -> str | None:
 
 
 def open_blob(blob: Blob, options: ReadOptions):
-    """A reader with frames, height, width, modality, syntax and image(index). Errors as the readers raise them."""
+    """A reader with frames, height, width, modality, syntax and image(index); errors as the readers raise."""
     kind = sniff(blob)
     if kind == "dicom":
         from meditok.data.readers.dicom import DicomSeries

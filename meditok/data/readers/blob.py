@@ -69,7 +69,9 @@ class Blob:
         if self.data is not None or self.size <= _IN_MEMORY or not self.is_file:
             data = self.read()
             if len(data) != self.size:
-                raise CorruptImageError(f"{self.label}: {len(data)} bytes read of {self.size}; the file shrank or is cut")
+                raise CorruptImageError(
+                    f"{self.label}: {len(data)} bytes read of {self.size}; the file shrank or is cut"
+                )
             return data
         try:
             with open(self.path, "rb") as file:

@@ -26,7 +26,9 @@ _LOSSY = {
 
 
 class DicomFile:
-    """One open file. Raises NotAnImageError, HeaderMismatchError, TruncatedDicomError, MissingDecoderError."""
+    """One open file. Raises NotAnImageError, HeaderMismatchError, TruncatedDicomError or
+    MissingDecoderError.
+    """
 
     def __init__(self, blob: Blob, options: ReadOptions):
         self.options, self.where = options, blob.label
@@ -62,7 +64,11 @@ class DicomFile:
         stored, steps = self.pixels.frame(frame)
         header = self.header
         if stored.ndim == 3:
-            top = 255.0 if stored.dtype.itemsize == 1 else 2.0 ** (header.stored_bits if header.samples == 3 else 16) - 1
+            top = (
+                255.0
+                if stored.dtype.itemsize == 1
+                else 2.0 ** (header.stored_bits if header.samples == 3 else 16) - 1
+            )
             return RealValues(stored, None, 0.0, top, "display" if top == 255 else "stored", False, steps, [])
         found = real_values(header, frame, stored)
         found.steps[:0] = steps
@@ -80,21 +86,27 @@ class DicomFile:
         header = self.header
         if header.stored_bits <= 8:
             raise IntensityError(
-                f"{self.where}: ct needs HU; got {header.stored_bits}-bit DICOM {found.low:g}..{found.high:g}; "
+                f"{self.where}: ct needs HU; got {header.stored_bits}-bit DICOM "
+                f"{found.low:g}..{found.high:g}; "
                 "give the original series"
             )
         if not found.rescaled:
             if not header.is_ct_class:
                 raise IntensityError(
-                    f"{self.where}: ct needs HU; RescaleSlope (0028,1053) and RescaleIntercept (0028,1052) are absent and "
+                    f"{self.where}: ct needs HU; RescaleSlope (0028,1053) and RescaleIntercept "
+                    "(0028,1052) are absent and "
                     f"this is {header.sop_class_name}; give the original series"
                 )
             found.notes.append("no rescale in this CT: slope 1 and intercept 0 assumed")
             found.steps.append("rescale slope=1 intercept=0 assumed")
         if found.unit not in ("HU", "HU_MOD", "", "stored", "display", "NONE"):
-            raise IntensityError(f"{self.where}: ct needs HU; RescaleType (0028,1054) is {found.unit}; give the HU series")
+            raise IntensityError(
+                f"{self.where}: ct needs HU; RescaleType (0028,1054) is {found.unit}; give the HU series"
+            )
         if not header.signed and header.stored_bits == 16 and found.values.max() > 32767 - 2048:
-            found.notes.append("values above 30000 HU: signed data may be marked unsigned (PixelRepresentation)")
+            found.notes.append(
+                "values above 30000 HU: signed data may be marked unsigned (PixelRepresentation)"
+            )
         found.unit = "HU"
 
     def voi(self, frame: int):
@@ -119,7 +131,11 @@ class DicomSeries:
             for blob in blobs:
                 slices += slices_of(self._file(blob).header)
         self.slots, self.warnings = arrange(slices)
-        self.where = blobs[0].label if len(blobs) == 1 else f"series of {len(blobs)} files beginning with {blobs[0].label}"
+        self.where = (
+            blobs[0].label
+            if len(blobs) == 1
+            else f"series of {len(blobs)} files beginning with {blobs[0].label}"
+        )
         first = slices[0]
         self.modality, self.syntax = first.modality, first.syntax
         self.height, self.width = first.rows, first.columns
@@ -132,7 +148,7 @@ class DicomSeries:
 
     @cached_property
     def statistics(self) -> ValueStatistics:
-        """Of all finite, unpadded values of the series; slices that cannot be read are left to fail by themselves."""
+        """Of all finite, unpadded values of the series; slices that cannot be read fail by themselves."""
         found = ValueStatistics()
         for slot in self.slots:
             try:
@@ -179,7 +195,9 @@ class DicomSeries:
         def own():
             voi = file.voi(source.frame)
             if voi is None:
-                raise IntensityError(f"{file.where}: holds no window of its own; use another --window than file")
+                raise IntensityError(
+                    f"{file.where}: holds no window of its own; use another --window than file"
+                )
             return voi
 
         window = choose_window(
@@ -198,7 +216,11 @@ class DicomSeries:
         pixels = window.apply(real.values)
         if file.inverted and pixels.ndim == 2:
             np.negative(pixels, out=pixels)
-            steps.append("invert MONOCHROME1" if file.header.photometric == "MONOCHROME1" else "invert PresentationLUTShape")
+            steps.append(
+                "invert MONOCHROME1"
+                if file.header.photometric == "MONOCHROME1"
+                else "invert PresentationLUTShape"
+            )
         if real.padding is not None:
             pixels[real.padding] = -1.0
         return MedicalImage(

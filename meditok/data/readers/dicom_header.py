@@ -25,22 +25,28 @@ _NOT_PICTURES = {
 _DICOMDIR = "1.2.840.10008.1.3.10"
 
 MODALITY_OF = {
-    "CT": "ct", "MR": "mr", "US": "us", "IVUS": "us", "CR": "xr", "DX": "xr", "RG": "xr", "XA": "xr", "RF": "xr",
+    "CT": "ct", "MR": "mr", "US": "us", "IVUS": "us",
+    "CR": "xr", "DX": "xr", "RG": "xr", "XA": "xr", "RF": "xr",
     "PX": "xr", "IO": "xr", "MG": "mg", "NM": "nm", "PT": "pt", "OP": "fundus", "ES": "endoscopy",
     "DMS": "dermoscopy", "SM": "histology", "GM": "microscopy", "OPT": "oct", "IVOCT": "oct",
 }  # fmt: skip
 # Defined terms that may be written out; anything else typed into these tags is left out.
 UNITS = {
-    "HU", "OD", "US", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT", "BQML", "CNTS", "PROPCNTS", "GML", "CM2ML",
+    "HU", "OD", "US", "MGML", "Z_EFF", "ED", "EDW",
+    "HU_MOD", "PCT", "BQML", "CNTS", "PROPCNTS", "GML", "CM2ML",
     "NONE", "KBQML", "MGMINML", "UMOLMINML", "MLMING", "MLG", "1CM", "STDDEV", "SUV",
 }  # fmt: skip
 BODY_PARTS = {
-    "ABDOMEN", "ABDOMENPELVIS", "ADRENAL", "ANKLE", "AORTA", "ARM", "AXILLA", "BACK", "BLADDER", "BRAIN", "BREAST",
+    "ABDOMEN", "ABDOMENPELVIS", "ADRENAL", "ANKLE", "AORTA",
+    "ARM", "AXILLA", "BACK", "BLADDER", "BRAIN", "BREAST",
     "BRONCHUS", "BUTTOCK", "CALCANEUS", "CALF", "CAROTID", "CEREBELLUM", "CERVIX", "CHEEK", "CHEST",
     "CHESTABDOMEN", "CHESTABDPELVIS", "CLAVICLE", "COCCYX", "COLON", "CSPINE", "CTSPINE", "EAR", "ELBOW",
-    "ESOPHAGUS", "EXTREMITY", "EYE", "EYELID", "FACE", "FEMUR", "FINGER", "FOOT", "GALLBLADDER", "HAND", "HEAD",
-    "HEADNECK", "HEART", "HIP", "HUMERUS", "ILEUM", "ILIUM", "JAW", "JEJUNUM", "KIDNEY", "KNEE", "LARYNX", "LEG",
-    "LIVER", "LSPINE", "LSSPINE", "LUNG", "MAXILLA", "MEDIASTINUM", "MOUTH", "NECK", "NECKCHEST", "NOSE", "ORBIT",
+    "ESOPHAGUS", "EXTREMITY", "EYE", "EYELID", "FACE",
+    "FEMUR", "FINGER", "FOOT", "GALLBLADDER", "HAND", "HEAD",
+    "HEADNECK", "HEART", "HIP", "HUMERUS", "ILEUM", "ILIUM",
+    "JAW", "JEJUNUM", "KIDNEY", "KNEE", "LARYNX", "LEG",
+    "LIVER", "LSPINE", "LSSPINE", "LUNG", "MAXILLA",
+    "MEDIASTINUM", "MOUTH", "NECK", "NECKCHEST", "NOSE", "ORBIT",
     "OVARY", "PANCREAS", "PAROTID", "PATELLA", "PELVIS", "PENIS", "PHARYNX", "PROSTATE", "RECTUM", "RIB",
     "SACRUM", "SCALP", "SCLERA", "SCROTUM", "SHOULDER", "SKULL", "SPINE", "SPLEEN", "SSPINE", "STERNUM",
     "STOMACH", "TESTIS", "THIGH", "THUMB", "THYMUS", "THYROID", "TLSPINE", "TMJ", "TOE", "TONGUE", "TRACHEA",
@@ -87,13 +93,15 @@ class Header:
             with quiet():
                 self.dataset = read_dataset(io.BytesIO(body), self.layout.implicit, self.layout.little)
         except PARSER_ERRORS as error:
-            raise CorruptImageError(f"{self.where}: the DICOM header cannot be parsed; the file is damaged") from error
+            raise CorruptImageError(
+                f"{self.where}: the DICOM header cannot be parsed; the file is damaged"
+            ) from error
         self.syntax = pydicom.uid.UID(self.layout.syntax)
         self.sop_class = self.text(self.dataset, "SOPClassUID")
 
     # -- typed access -------------------------------------------------------------------------------------
     def value(self, item, keyword: str):
-        """The value of a tag or None if absent or empty; HeaderMismatchError if it cannot be read as its VR."""
+        """The value of a tag, None if absent or empty; HeaderMismatchError if it is not of its VR."""
         try:
             with quiet():
                 value = item.get(keyword)
@@ -106,7 +114,9 @@ class Header:
         value = self.value(item, keyword)
         if value is None:
             return []
-        values = list(value) if hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) else [value]
+        values = (
+            list(value) if hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) else [value]
+        )
         try:
             numbers = [float(entry) for entry in values]
         except (TypeError, ValueError) as error:
@@ -147,7 +157,9 @@ class Header:
         from pydicom.datadict import tag_for_keyword
 
         names = ", ".join(
-            f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})" for keyword in keywords for tag in [tag_for_keyword(keyword) or 0]
+            f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
+            for keyword in keywords
+            for tag in [tag_for_keyword(keyword) or 0]
         )
         return HeaderMismatchError(f"{self.where}: {names} {what}; repair the header or get the file again")
 
@@ -264,10 +276,11 @@ class Header:
 
 
 def modality_of(header: Header) -> str:
-    """The tag's modality, or what the caller says where the tag names none; HeaderMismatchError if they differ."""
+    """The tag's modality, else what the caller says; HeaderMismatchError if they differ."""
     asked = header.options.modality
     if header.modality and asked and header.modality != asked:
         raise HeaderMismatchError(
-            f"{header.where}: Modality (0008,0060) says {header.modality}, --modality says {asked}; leave the option out"
+            f"{header.where}: Modality (0008,0060) says {header.modality}, --modality says {asked}; "
+            "leave the option out"
         )
     return header.modality or asked or "other"

@@ -37,7 +37,8 @@ class PixelReader:
         header, layout = self.header, self.layout
         if layout.encapsulated:
             raise CorruptImageError(
-                f"{self.where}: PixelData (7FE0,0010) is encapsulated, but the transfer syntax is {header.syntax.name}; "
+                f"{self.where}: PixelData (7FE0,0010) is encapsulated, but the transfer syntax is "
+                f"{header.syntax.name}; "
                 "repair TransferSyntaxUID (0002,0010)"
             )
         if header.photometric in ("YBR_RCT", "YBR_ICT", "YBR_PARTIAL_422", "YBR_PARTIAL_420"):
@@ -47,7 +48,8 @@ class PixelReader:
         expected = (self._frame_bits * header.frames + 7) // 8
         if layout.available < min(layout.length, expected):
             raise TruncatedDicomError(
-                f"{self.where}: pixel data has {layout.available} bytes of {expected} expected; get the file again"
+                f"{self.where}: pixel data has {layout.available} bytes of {expected} expected; get "
+                "the file again"
             )
         if layout.length < expected:
             raise header.mismatch(
@@ -55,7 +57,9 @@ class PixelReader:
                 "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames",
             )  # fmt: skip
         excess = layout.length - expected + layout.trailing
-        if excess * 8 >= self._frame_bits and any(self._slice(layout.value + expected, layout.available - expected)):
+        if excess * 8 >= self._frame_bits and any(
+            self._slice(layout.value + expected, layout.available - expected)
+        ):
             raise header.mismatch(
                 f"ask for {expected} bytes of pixel data, {layout.length} are there and are not padding",
                 "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames",
@@ -131,7 +135,8 @@ class PixelReader:
         table = self._extended_table() or self.layout.table
         if len(fragments) < frames:
             raise TruncatedDicomError(
-                f"{self.where}: pixel data holds {len(fragments)} frames of {frames} expected; get the file again"
+                f"{self.where}: pixel data holds {len(fragments)} frames of {frames} expected; get "
+                "the file again"
             )
         if frames == 1:
             return [fragments]
@@ -142,15 +147,24 @@ class PixelReader:
             starts = {offset + base for offset in table}
             groups = self._grouped(fragments, [offset - 8 in starts for offset, _ in fragments])
         else:  # no table: a JPEG frame ends with its end-of-image marker
-            ends = [b"\xff\xd9" in bytes(self._slice(offset + max(0, size - 10), min(size, 10))) for offset, size in fragments]
+            ends = [
+                b"\xff\xd9" in bytes(self._slice(offset + max(0, size - 10), min(size, 10)))
+                for offset, size in fragments
+            ]
             groups = self._grouped(fragments, [True, *ends[:-1]])
         if len(groups) != frames:
-            raise header.mismatch(f"says {frames}, the pixel data holds {len(groups)} frames", "NumberOfFrames")
+            raise header.mismatch(
+                f"says {frames}, the pixel data holds {len(groups)} frames", "NumberOfFrames"
+            )
         return groups
 
     def _extended_table(self) -> list[int]:
         value = self.header.value(self.header.dataset, "ExtendedOffsetTable")
-        return list(struct.unpack(f"<{len(value) // 8}Q", value[: len(value) // 8 * 8])) if isinstance(value, bytes) else []
+        return (
+            list(struct.unpack(f"<{len(value) // 8}Q", value[: len(value) // 8 * 8]))
+            if isinstance(value, bytes)
+            else []
+        )
 
     @staticmethod
     def _grouped(fragments, begins) -> list[list[tuple[int, int]]]:
@@ -168,13 +182,19 @@ class PixelReader:
         size = stream_size(stream)
         if size is not None and size != (header.rows, header.columns):
             raise HeaderMismatchError(
-                f"{self.where}: Rows (0028,0010), Columns (0028,0011) say {header.rows} x {header.columns}, the compressed "
+                f"{self.where}: Rows (0028,0010), Columns (0028,0011) say {header.rows} x "
+                f"{header.columns}, the compressed "
                 f"frame {index} is {size[0]} x {size[1]}; repair the header"
             )
-        item = struct.pack("<HHI", 0xFFFE, 0xE000, len(stream) + len(stream) % 2) + stream + b"\0" * (len(stream) % 2)
+        item = (
+            struct.pack("<HHI", 0xFFFE, 0xE000, len(stream) + len(stream) % 2)
+            + stream
+            + b"\0" * (len(stream) % 2)
+        )
         source = struct.pack("<HHI", 0xFFFE, 0xE000, 0) + item + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
         options = {
-            "rows": header.rows, "columns": header.columns, "samples_per_pixel": header.samples, "number_of_frames": 1,
+            "rows": header.rows, "columns": header.columns, "samples_per_pixel": header.samples,
+            "number_of_frames": 1,
             "bits_allocated": header.allocated, "bits_stored": header.stored_bits,
             "photometric_interpretation": header.photometric, "pixel_representation": header.signed,
             "pixel_keyword": "PixelData", "planar_configuration": header.planar,
@@ -183,7 +203,9 @@ class PixelReader:
         for plugin in sorted(self._decoder.available_plugins, key=_plugin_rank):
             try:
                 with quiet():
-                    array, after = self._decoder.as_array(source, index=0, raw=True, decoding_plugin=plugin, **options)
+                    array, after = self._decoder.as_array(
+                        source, index=0, raw=True, decoding_plugin=plugin, **options
+                    )
                 return array, str(after["photometric_interpretation"])
             except PARSER_ERRORS as error:
                 failures.append(error)
@@ -228,7 +250,9 @@ class PixelReader:
                 return np.asarray(apply_color_lut(values, self.header.dataset))
         except PARSER_ERRORS as error:
             raise self.header.mismatch(
-                "do not hold a usable palette", "RedPaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData"
+                "do not hold a usable palette",
+                "RedPaletteColorLookupTableDescriptor",
+                "RedPaletteColorLookupTableData",
             ) from error
 
 

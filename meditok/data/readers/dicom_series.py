@@ -45,7 +45,9 @@ class Slice:
     @property
     def key(self) -> tuple:
         """Slices with equal keys may form one volume."""
-        turned = None if self.orientation is None else tuple(round(value, 3) + 0.0 for value in self.orientation)
+        turned = (
+            None if self.orientation is None else tuple(round(value, 3) + 0.0 for value in self.orientation)
+        )
         spacing = None if self.spacing is None else tuple(round(value, 4) for value in self.spacing)
         return self.series, self.modality, self.rows, self.columns, turned, spacing
 
@@ -112,13 +114,15 @@ def _vector(header: Header, frame: int, macro: str, keyword: str, count: int) ->
 
 
 def arrange(slices: list[Slice]) -> tuple[list[Slot], list[str]]:
-    """Slots in reading order, and warnings about gaps, duplicates and splits, for the slices of one source."""
+    """Slots in reading order, with warnings about gaps, duplicates and splits, for one source."""
     groups: dict[tuple, list[Slice]] = defaultdict(list)
     for item in slices:
         groups[item.key].append(item)
     slots, warnings = [], []
     if len({key[0] for key in groups}) < len(groups):
-        warnings.append(f"one series holds {len(groups)} orientations, sizes or spacings; each is its own volume")
+        warnings.append(
+            f"one series holds {len(groups)} orientations, sizes or spacings; each is its own volume"
+        )
     for number, members in enumerate(groups.values()):
         placed, notes = _arrange_group(members, number)
         slots += placed
@@ -146,10 +150,14 @@ def _arrange_group(members: list[Slice], number: int) -> tuple[list[Slot], list[
         extra = sum(len(layer) for layer in layers[1:])
         where = ", ".join(f"{heights[id(item)]:.2f}" for item in layers[1][:5])
         more = ", ..." if len(layers[1]) > 5 else ""
-        warnings.append(f"{extra} slices repeat a position (at {where}{more} mm): kept, as volumes of their own")
+        warnings.append(
+            f"{extra} slices repeat a position (at {where}{more} mm): kept, as volumes of their own"
+        )
     slots = []
     for repetition, layer in enumerate(layers):
-        placed, notes = _volume(layer, [heights[id(item)] for item in layer], f"{first.series}|{number}|{repetition}")
+        placed, notes = _volume(
+            layer, [heights[id(item)] for item in layer], f"{first.series}|{number}|{repetition}"
+        )
         slots += placed
         warnings += notes if repetition == 0 else []
     return slots, warnings
@@ -171,11 +179,15 @@ def _volume(layer: list[Slice], heights: list[float], key: str) -> tuple[list[Sl
             for slot in range(before + 1, after)
         ]
         if len(set(indices)) < len(indices):
-            warnings.append(f"slice spacing varies from {steps.min():.3g} to {steps.max():.3g} mm: numbered in order")
+            warnings.append(
+                f"slice spacing varies from {steps.min():.3g} to {steps.max():.3g} mm: numbered in order"
+            )
             indices, missing = list(range(len(layer))), []
         elif missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-            warnings.append(f"gap: {len(missing)} slices missing, at {shown} mm along the normal (spacing {step:.3g} mm)")
+            warnings.append(
+                f"gap: {len(missing)} slices missing, at {shown} mm along the normal (spacing {step:.3g} mm)"
+            )
         elif np.abs(steps / step - 1).max() > 0.01:
             warnings.append(f"slice spacing varies from {steps.min():.3g} to {steps.max():.3g} mm")
         along = (np.array(layer[-1].position) - np.array(first.position)) / max(indices[-1], 1)
@@ -196,5 +208,6 @@ def _volume(layer: list[Slice], heights: list[float], key: str) -> tuple[list[Sl
         affine=tuple(float(value) for value in affine.reshape(-1)),
     )
     return [
-        Slot(item, key, index, height, geometry) for item, index, height in zip(layer, indices, heights, strict=True)
+        Slot(item, key, index, height, geometry)
+        for item, index, height in zip(layer, indices, heights, strict=True)
     ], warnings

@@ -150,7 +150,9 @@ def _lut(header: Header, item, signed: bool) -> tuple[int, int, np.ndarray]:
     else:
         table = np.asarray(header.numbers(item, "LUTData"))
     if len(table) < count:
-        raise header.mismatch(f"disagree: {count} entries announced, {len(table)} there", "LUTDescriptor", "LUTData")
+        raise header.mismatch(
+            f"disagree: {count} entries announced, {len(table)} there", "LUTDescriptor", "LUTData"
+        )
     return first, bits, (table[:count].astype(np.int64) % 65536).astype(np.uint16)
 
 
@@ -175,7 +177,9 @@ def file_voi(header: Header, frame: int, index: int) -> Window | SigmoidVoi | Lu
     if len(centres) != len(widths):
         raise header.mismatch(f"hold {len(centres)} and {len(widths)} values", "WindowCenter", "WindowWidth")
     if index >= len(centres):
-        raise header.mismatch(f"hold {len(centres)} values, number {index} was asked for", "WindowCenter", "WindowWidth")
+        raise header.mismatch(
+            f"hold {len(centres)} values, number {index} was asked for", "WindowCenter", "WindowWidth"
+        )
     centre, width = centres[index], widths[index]
     function = header.text(holder, "VOILUTFunction").upper() or "LINEAR"
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):

@@ -22,7 +22,9 @@ EXPLICIT_BE = "1.2.840.10008.1.2.2"
 _NATIVE = {IMPLICIT_LE, EXPLICIT_LE, DEFLATED_LE, EXPLICIT_BE}
 
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
-_LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
+_LONG_VRS = frozenset(
+    (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
+)
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _MAX_DEPTH = 64
@@ -30,7 +32,7 @@ _MAX_DEPTH = 64
 
 @dataclass
 class Layout:
-    """Where things lie. Offsets count from the start of `data`, which is the file or its inflated data set."""
+    """Where things lie. Offsets count from the start of `data`: the file, or its inflated data set."""
 
     data: object  # bytes or mmap
     syntax: str  # transfer syntax UID
@@ -85,7 +87,8 @@ def locate(blob: Blob, limits: Limits, assume_syntax: str | None = None) -> Layo
         if explicit == implicit and little:
             layout.implicit = not explicit
             layout.notes.append(
-                f"data set is {'explicit' if explicit else 'implicit'} VR although its transfer syntax says otherwise"
+                f"data set is {'explicit' if explicit else 'implicit'} VR although its transfer "
+                "syntax says otherwise"
             )
     _Walker(layout, blob.label, limits).run()
     return layout
@@ -107,7 +110,8 @@ def _meta(data, where: str, assume_syntax: str | None) -> tuple[str, int]:
             length, value = struct.unpack_from("<I", data, offset + 8)[0], offset + 12
         if value + length > len(data):
             raise CorruptImageError(
-                f"{where}: element ({group:04X},{element:04X}) claims {length} bytes, {len(data) - value} are left; "
+                f"{where}: element ({group:04X},{element:04X}) claims {length} bytes, "
+                f"{len(data) - value} are left; "
                 "the file is cut or damaged"
             )
         if element == 0x0010:
@@ -138,10 +142,13 @@ def _inflate(data, start: int, blob: Blob, limits: Limits) -> bytes:
             limits.check_bytes(len(out), blob.label, compressed)
             deadline.check()
     except zlib.error as error:
-        raise CorruptImageError(f"{blob.label}: the deflated data set is damaged after {len(out)} bytes") from error
+        raise CorruptImageError(
+            f"{blob.label}: the deflated data set is damaged after {len(out)} bytes"
+        ) from error
     if not inflater.eof:
         raise TruncatedDicomError(
-            f"{blob.label}: the deflated data set ends early, {len(out)} bytes from {compressed} compressed ones; get it again"
+            f"{blob.label}: the deflated data set ends early, {len(out)} bytes from {compressed} "
+            "compressed ones; get it again"
         )
     return bytes(out)
 
@@ -169,7 +176,9 @@ class _Walker:
                 return
             offset = self._skip(tag, vr, length, value, layout.implicit, 0)
         if offset < self.end and not self._only_zeros(offset):
-            raise CorruptImageError(f"{self.where}: ends inside an element at byte {offset} of {self.end}; get it again")
+            raise CorruptImageError(
+                f"{self.where}: ends inside an element at byte {offset} of {self.end}; get it again"
+            )
         layout.header_end = min(offset, self.end)
 
     def _element(self, offset: int, implicit: bool) -> tuple[int, bytes, int, int]:
@@ -181,7 +190,9 @@ class _Walker:
         vr = bytes(self.data[offset + 4 : offset + 6])
         if vr in _LONG_VRS:
             if offset + 12 > self.end:
-                raise CorruptImageError(f"{self.where}: ends inside an element at byte {offset} of {self.end}; get it again")
+                raise CorruptImageError(
+                    f"{self.where}: ends inside an element at byte {offset} of {self.end}; get it again"
+                )
             return tag, vr, struct.unpack_from(self.order + "I", self.data, offset + 8)[0], offset + 12
         return tag, vr, struct.unpack_from(self.order + "H", self.data, offset + 6)[0], offset + 8
 
@@ -207,7 +218,9 @@ class _Walker:
                 offset = self._item(item_value, implicit, depth + 1)
             else:
                 offset = self._skip(item, b"", item_length, item_value, implicit, depth + 1)
-        raise CorruptImageError(f"{self.where}: element {_name(tag)} of undefined length has no end; the file is cut or damaged")
+        raise CorruptImageError(
+            f"{self.where}: element {_name(tag)} of undefined length has no end; the file is cut or damaged"
+        )
 
     def _item(self, offset: int, implicit: bool, depth: int) -> int:
         while offset + 8 <= self.end:
@@ -215,12 +228,16 @@ class _Walker:
             if tag == _ITEM_END:
                 return value
             offset = self._skip(tag, vr, length, value, implicit, depth)
-        raise CorruptImageError(f"{self.where}: a sequence item of undefined length has no end; the file is cut or damaged")
+        raise CorruptImageError(
+            f"{self.where}: a sequence item of undefined length has no end; the file is cut or damaged"
+        )
 
     def _tick(self, depth: int) -> None:
         self.steps += 1
         if depth > _MAX_DEPTH:
-            raise UnsafeFileError(f"{self.where}: sequences are nested more than {_MAX_DEPTH} deep; the file is not read")
+            raise UnsafeFileError(
+                f"{self.where}: sequences are nested more than {_MAX_DEPTH} deep; the file is not read"
+            )
         if self.steps % 4096 == 0:
             self.deadline.check()
 
@@ -237,7 +254,8 @@ class _Walker:
                 layout.trailing = self.end - after
             if layout.syntax not in _NATIVE and layout.available < length:
                 raise TruncatedDicomError(
-                    f"{self.where}: PixelData (7FE0,0010) has {layout.available} bytes of {length}; get the file again"
+                    f"{self.where}: PixelData (7FE0,0010) has {layout.available} bytes of {length}; "
+                    "get the file again"
                 )
             return
         layout.encapsulated = True
@@ -248,10 +266,13 @@ class _Walker:
             if tag == _SEQUENCE_END:
                 return
             if tag != _ITEM or size == _UNDEFINED:
-                raise CorruptImageError(f"{self.where}: PixelData (7FE0,0010) holds no item at byte {offset}; it is damaged")
+                raise CorruptImageError(
+                    f"{self.where}: PixelData (7FE0,0010) holds no item at byte {offset}; it is damaged"
+                )
             if value + size > self.end:
                 raise TruncatedDicomError(
-                    f"{self.where}: PixelData (7FE0,0010) is cut, {self.end - value} bytes of {size} in fragment "
+                    f"{self.where}: PixelData (7FE0,0010) is cut, {self.end - value} bytes of {size} "
+                    "in fragment "
                     f"{len(layout.fragments) + 1}; get the file again"
                 )
             if first:
@@ -260,7 +281,8 @@ class _Walker:
                 layout.fragments.append((value, size))
             offset, first = value + size, False
         raise TruncatedDicomError(
-            f"{self.where}: PixelData (7FE0,0010) of undefined length has no end after {len(layout.fragments)} fragments "
+            f"{self.where}: PixelData (7FE0,0010) of undefined length has no end after "
+            f"{len(layout.fragments)} fragments "
             f"and {self.end - layout.value} bytes; get the file again"
         )
 

@@ -29,6 +29,7 @@ from meditok.errors import (
     IntensityError,
     NonFiniteError,
     ShapeError,
+    UnsafeFileError,
     UsageError,
 )
 
@@ -59,16 +60,27 @@ class NiftiFile:
         number = number if number in (348, 540) else struct.unpack(">i", struct.pack("<i", number))[0]
         kind = {348: nib.Nifti1Header, 540: nib.Nifti2Header}.get(number)
         if kind is None:
-            raise CorruptImageError(f"{self.where}: no complete NIfTI header in its {self.blob.size} bytes; get it again")
+            raise CorruptImageError(
+                f"{self.where}: no complete NIfTI header in its {self.blob.size} bytes; get it again"
+            )
         try:
             header = kind.from_fileobj(io.BytesIO(head[: 348 if number == 348 else 540]), check=False)
             self.dtype = header.get_data_dtype()
             shape = tuple(int(n) for n in header.get_data_shape())
             self.offset = int(header.get_data_offset())
-        except (nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError, KeyError, ValueError) as error:
-            raise HeaderMismatchError(f"{self.where}: NIfTI header fields dim or datatype are not valid; repair them") from error
+        except (
+            nib.spatialimages.HeaderDataError,
+            nib.filebasedimages.ImageFileError,
+            KeyError,
+            ValueError,
+        ) as error:
+            raise HeaderMismatchError(
+                f"{self.where}: NIfTI header fields dim or datatype are not valid; repair them"
+            ) from error
         if bytes(header["magic"]).startswith(b"ni"):
-            raise HeaderMismatchError(f"{self.where}: header of a .hdr/.img pair; convert it to one .nii file")
+            raise HeaderMismatchError(
+                f"{self.where}: header of a .hdr/.img pair; convert it to one .nii file"
+            )
         if self.offset < header.single_vox_offset and self.offset != 0:
             raise HeaderMismatchError(f"{self.where}: vox_offset lies inside the header; repair the header")
         self.offset = max(self.offset, header.single_vox_offset)
@@ -76,14 +88,20 @@ class NiftiFile:
             shape = shape[:-1]
         self.shape = shape + (1,) * (3 - len(shape))
         if min(self.shape) <= 0 or len(self.shape) > 4:
-            raise ShapeError(f"{self.where}: shape {shape} is not a volume or a series of volumes; select a volume first")
+            raise ShapeError(
+                f"{self.where}: shape {shape} is not a volume or a series of volumes; select a volume first"
+            )
         self.channels = 1
         if self.dtype.fields:
             self.channels = 3
             if len(self.dtype.fields) == 4:
-                raise IntensityError(f"{self.where}: NIfTI datatype RGBA32 has no stated rule here; convert it to RGB24")
+                raise IntensityError(
+                    f"{self.where}: NIfTI datatype RGBA32 has no stated rule here; convert it to RGB24"
+                )
         elif self.dtype.kind not in "uif":
-            raise IntensityError(f"{self.where}: NIfTI datatype {self.dtype} is not real numbers; save its magnitude")
+            raise IntensityError(
+                f"{self.where}: NIfTI datatype {self.dtype} is not real numbers; save its magnitude"
+            )
         self.expected = self.dtype.itemsize * int(np.prod(self.shape, dtype=object))
         compressed = self.blob.size if self.syntax.endswith("gzip") else None
         self.options.limits.check_bytes(self.expected, self.where, compressed)
@@ -98,7 +116,9 @@ class NiftiFile:
         try:
             return zlib.decompressobj(31).decompress(raw, count)
         except zlib.error as error:
-            raise CorruptImageError(f"{self.where}: the gzip stream is damaged at its start; get the file again") from error
+            raise CorruptImageError(
+                f"{self.where}: the gzip stream is damaged at its start; get the file again"
+            ) from error
 
     def _scaling(self) -> None:
         slope, inter = float(self.header["scl_slope"]), float(self.header["scl_inter"])
@@ -107,10 +127,14 @@ class NiftiFile:
             return
         if slope == 0 or not np.isfinite(slope):
             if not (slope == 0 and inter == 0) and not (np.isnan(slope) and np.isnan(inter)):
-                self.notes.append(f"scl_slope is {slope:g}: values taken unscaled, as the standard says for 0")
+                self.notes.append(
+                    f"scl_slope is {slope:g}: values taken unscaled, as the standard says for 0"
+                )
             return
         if not np.isfinite(inter):
-            raise HeaderMismatchError(f"{self.where}: scl_inter is not finite beside scl_slope {slope:g}; repair the header")
+            raise HeaderMismatchError(
+                f"{self.where}: scl_inter is not finite beside scl_slope {slope:g}; repair the header"
+            )
         self.slope, self.inter = slope, inter
 
     def _choose_time(self) -> None:
@@ -133,7 +157,9 @@ class NiftiFile:
                 qform = np.asarray(self.header.get_qform(), np.float64)
             except (nib.spatialimages.HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
                 if sform is None:
-                    raise GeometryError(f"{self.where}: the qform is not a rotation; correct the header") from error
+                    raise GeometryError(
+                        f"{self.where}: the qform is not a rotation; correct the header"
+                    ) from error
                 self.notes.append("the qform is not a rotation and is ignored; sform used")
         if sform is not None:
             self._affine_name = f"sform code {int(self.header['sform_code'])}"
@@ -167,7 +193,9 @@ class NiftiFile:
         if not self.syntax.endswith("gzip"):
             held = self.blob.size - self.offset
             if held < self.expected:
-                raise CorruptImageError(f"{self.where}: {held} bytes of voxels of {self.expected} expected; the file is cut")
+                raise CorruptImageError(
+                    f"{self.where}: {held} bytes of voxels of {self.expected} expected; the file is cut"
+                )
             if self.blob.is_file:
                 return np.memmap(self.blob.path, self.dtype, "r", self.offset, self.shape, order="F")
             data = self.blob.read(self.offset, self.expected)
@@ -175,12 +203,13 @@ class NiftiFile:
         data = inflate(self.blob, self.offset + self.expected, self.options.limits)
         if len(data) < self.offset + self.expected:
             raise CorruptImageError(
-                f"{self.where}: {max(0, len(data) - self.offset)} bytes of voxels of {self.expected} expected; "
+                f"{self.where}: {max(0, len(data) - self.offset)} bytes of voxels of {self.expected} "
+                "expected; "
                 "the file is cut before compression"
             )
-        return np.frombuffer(data, self.dtype, offset=self.offset, count=self.expected // self.dtype.itemsize).reshape(
-            self.shape, order="F"
-        )
+        return np.frombuffer(
+            data, self.dtype, offset=self.offset, count=self.expected // self.dtype.itemsize
+        ).reshape(self.shape, order="F")
 
     def _scaled(self, stored: np.ndarray) -> np.ndarray:
         if self.channels == 3:
@@ -244,14 +273,23 @@ class NiftiFile:
     def _full(self) -> Window:
         if self.dtype.kind == "f":
             return Window(self.statistics.minimum, self.statistics.maximum, "full", fixed=False)
-        ends = [float(edge) * self.slope + self.inter for edge in (np.iinfo(self.dtype).min, np.iinfo(self.dtype).max)]
+        ends = [
+            float(edge) * self.slope + self.inter
+            for edge in (np.iinfo(self.dtype).min, np.iinfo(self.dtype).max)
+        ]
         return Window(min(ends), max(ends), "full")
 
     def _display_range(self) -> Window:
         low, high = float(self.header["cal_min"]), float(self.header["cal_max"])
         if not (np.isfinite(low) and np.isfinite(high) and low < high):
-            raise IntensityError(f"{self.where}: cal_min and cal_max hold no window; use another --window than file")
+            raise IntensityError(
+                f"{self.where}: cal_min and cal_max hold no window; use another --window than file"
+            )
         return Window(low, high, "file")
+
+    def prepare(self) -> None:
+        """Read what all slices share; an error here is one of the file, not of a slice."""
+        _ = self._voxels, self._intensity
 
     def image(self, index: int) -> MedicalImage:
         """Slice `index` along geometry.axis, shown as a radiologist sees it."""
@@ -259,7 +297,9 @@ class NiftiFile:
         volume = self._voxels[..., self.time] if len(self.shape) == 4 else self._voxels
         # basic indexing: take() would first copy the whole Fortran-ordered volume
         stored = np.asarray(volume[(slice(None),) * self.geometry.axis + (index,)])
-        minimum = self.statistics.minimum if self.options.nonfinite == "min" and self.dtype.kind == "f" else None
+        minimum = (
+            self.statistics.minimum if self.options.nonfinite == "min" and self.dtype.kind == "f" else None
+        )
         values, filled = replace_nonfinite(self._scaled(stored), self.options.nonfinite, self.where, minimum)
         if self.channels == 3:
             values = np.moveaxis(geo.to_display(np.moveaxis(values, -1, 0), self.geometry), 0, -1)
@@ -288,8 +328,8 @@ class NiftiFile:
 def inflate(blob: Blob, expected: int, limits) -> bytearray:
     """The gzip stream of `blob` up to `expected` bytes, read to its end so that its checksum is verified.
 
-    Raises CorruptImageError for a cut stream or a bad checksum, UnsafeFileError when more comes out than
-    the header announced and the limits allow.
+    Raises CorruptImageError for a cut stream or a bad checksum, UnsafeFileError when far more comes out
+    than the header announced.
     """
     out, total, position = bytearray(), 0, 0
     deadline = limits.deadline(blob.label)
@@ -306,7 +346,10 @@ def inflate(blob: Blob, expected: int, limits) -> bytearray:
                 if len(out) < expected:
                     out += got[: expected - len(out)]
                 if total > expected + limits.ratio_from:
-                    limits.check_bytes(total, blob.label, blob.size)
+                    raise UnsafeFileError(
+                        f"{blob.label}: inflates past {total} bytes, although its header announces {expected}; "
+                        "it was not read; get the file again"
+                    )
                 deadline.check()
                 piece = inflater.unconsumed_tail
                 if inflater.eof and inflater.unused_data:
@@ -334,5 +377,7 @@ def sidecar_modality(blob: Blob) -> str | None:
     try:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CorruptImageError(f"{blob.label}: its sidecar .json cannot be read; repair or remove it") from error
+        raise CorruptImageError(
+            f"{blob.label}: its sidecar .json cannot be read; repair or remove it"
+        ) from error
     return modality_code(record["Modality"]) if isinstance(record, dict) and "Modality" in record else None

@@ -64,7 +64,8 @@ class PictureFile:
                     yield picture
         except pillow.DecompressionBombError as error:
             raise ImageTooLargeError(
-                f"{self.where}: the header claims more pixels than the limit of {self.options.limits.max_pixels}; "
+                f"{self.where}: the header claims more pixels than the limit of "
+                f"{self.options.limits.max_pixels}; "
                 "nothing was allocated; cut the picture into tiles"
             ) from error
         except (CorruptImageError, HeaderMismatchError, ImageTooLargeError, IntensityError):
@@ -150,7 +151,9 @@ class PictureFile:
             return np.asarray(picture.convert("RGB")), 8
         if mode in ("P", "PA", "LA", "RGBA", "L", "RGB"):
             return self._flattened(picture, steps, notes), 8
-        raise IntensityError(f"{self.where}: Pillow mode {mode} has no stated rule here; convert it to L or RGB first")
+        raise IntensityError(
+            f"{self.where}: Pillow mode {mode} has no stated rule here; convert it to L or RGB first"
+        )
 
     def _flattened(self, picture, steps: list[str], notes: list[str]) -> np.ndarray:
         """Palette and alpha resolved: uint8 (H, W) or (H, W, 3)."""
@@ -164,7 +167,8 @@ class PictureFile:
                 steps.append("opaque alpha dropped")
         elif alpha.max() == 0:
             raise IntensityError(
-                f"{self.where}: alpha is 0 everywhere (mode {picture.mode}), so nothing shows; drop the alpha channel first"
+                f"{self.where}: alpha is 0 everywhere (mode {picture.mode}), so nothing shows; drop "
+                "the alpha channel first"
             )
         else:
             steps.append("alpha laid over black")
@@ -205,12 +209,16 @@ class PictureFile:
                 steps.append(f"sBIT {significant}")
         elif significant is not None:
             if top > 2**significant - 1:
-                raise IntensityError(f"{self.where}: holds {top:g}, more than bits={significant} allow; pass a larger --bits")
+                raise IntensityError(
+                    f"{self.where}: holds {top:g}, more than bits={significant} allow; pass a larger --bits"
+                )
             steps.append(f"bits {significant}")
         if significant:
             low, high = 0.0, 2.0**significant - 1
         if bits > 1 and top < high / 4 and self.modality != "ct":
-            notes.append(f"the largest value {top:g} is under a quarter of the range {high:g}; --bits may be meant")
+            notes.append(
+                f"the largest value {top:g} is under a quarter of the range {high:g}; --bits may be meant"
+            )
         return low, high
 
     def _hounsfield(self, values, low: float, high: float, steps: list[str]):
@@ -224,7 +232,8 @@ class PictureFile:
         if bias is None:
             if low == 0:
                 raise IntensityError(
-                    f"{self.where}: ct needs HU; got unsigned {self.syntax} {low:g}..{high:g} without a rescale; "
+                    f"{self.where}: ct needs HU; got unsigned {self.syntax} {low:g}..{high:g} without "
+                    "a rescale; "
                     "pass --ct-bias 1024 if 1024 was added to the HU (0 if none was)"
                 )
             return values, low, high
@@ -240,7 +249,8 @@ class PictureFile:
         def auto() -> Window:
             if low == -np.inf:
                 raise IntensityError(
-                    f"{self.where}: float values {values.min():g}..{values.max():g} have no range of their type; "
+                    f"{self.where}: float values {values.min():g}..{values.max():g} have no range of "
+                    "their type; "
                     "pass --window LOW:HIGH or percentile"
                 )
             if values.min() == values.max():
