@@ -55,7 +55,8 @@ library.define(
 )
 library.define(
     "vq_quantize_backward(Tensor grad_z, Tensor grad_loss, Tensor x, Tensor codebook, Tensor ids, "
-    "Tensor? mask, *, str metric, float commitment_weight, float codebook_weight, bool rotation) -> (Tensor, Tensor)"
+    "Tensor? mask, *, str metric, float commitment_weight, float codebook_weight, bool rotation) "
+    "-> (Tensor, Tensor)"
 )
 library.define("vq_stats(Tensor x, Tensor ids, SymInt codes) -> (Tensor, Tensor)")
 library.define(

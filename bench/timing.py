@@ -1,0 +1,98 @@
+"""Interleaved timing on a noisy machine, and the peak it is measured against.
+
+All candidates of a comparison run round by round in turn, so that a slow minute hits each of them; medians and the
+20th and 80th percentile of the rounds are reported, and ratios of medians.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+PEAK_SOURCE = """
+#include <chrono>
+extern "C" double peak(long rounds) {
+    typedef float vec __attribute__((vector_size(WIDTH * 4)));
+    vec sums[CHAINS];
+    for (int i = 0; i < CHAINS; ++i) sums[i] = vec{} + 1.0f;
+    vec a = vec{} + 0.999999f, b = vec{} + 1e-7f;
+    auto start = std::chrono::steady_clock::now();
+    for (long r = 0; r < rounds; ++r) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; ++i) sums[i] = sums[i] * a + b;
+    }
+    for (int i = 0; i < CHAINS; ++i) asm volatile("" ::"x"(sums[i]));  // done before the clock is read
+    double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    float total = 0;
+    for (int i = 0; i < CHAINS; ++i) total += sums[i][0];
+    return total == 12345 ? 0 : 2.0 * WIDTH * CHAINS * rounds / seconds;
+}
+"""
+
+
+def measured_peak(isa: str) -> float:
+    """Multiply-adds of one thread in registers, in FLOP/s, at the vector width of `isa`; nan without g++."""
+    if shutil.which("g++") is None:
+        return float("nan")
+    width, flags = (16, ["-mavx512f"]) if isa.startswith("avx512") else (8, ["-mavx2", "-mfma"])
+    if isa == "scalar":
+        width, flags = 4, []
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "peak.cpp"), Path(folder, "peak.so")
+        source.write_text(PEAK_SOURCE)
+        options = [*flags, "-O3", "-ffp-contract=fast", f"-DWIDTH={width}", "-DCHAINS=12", "-shared", "-fPIC"]
+        subprocess.run(["g++", *options, source, "-o", library], check=True)
+        entry = ctypes.CDLL(str(library)).peak
+    entry.restype, entry.argtypes = ctypes.c_double, [ctypes.c_long]
+    return max(entry(2_000_000) for _ in range(7))
+
+
+def interleave(candidates: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, tuple[float, ...]]:
+    """{name: (p20, p50, p80)} in seconds over `rounds` rounds in turn, after one warm-up of each."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        run()
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: tuple(np.percentile(values, (20, 50, 80))) for name, values in times.items()}
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def append_rows(name: str, rows: list[dict]) -> Path:
+    """Appends rows to results/NAME.csv, with a header when the file is new."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    return path
