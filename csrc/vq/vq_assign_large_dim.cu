@@ -139,8 +139,8 @@ void launch_assign_large_dim(const AssignParams& params, int device, void* strea
     const PackedLayout layout = packed_layout(params.codebook.groups, params.codebook.codes, params.codebook.width);
     const int64_t groups = params.codebook.groups;
     const dim3 grid(static_cast<unsigned>(params.rows), static_cast<unsigned>(groups < 65535 ? groups : 65535));
-    assign_large_dim_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params, layout,
-                                                                                     make_bound(params.codebook.width));
+    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    assign_large_dim_kernel<<<grid, kThreads, 0, queue>>>(params, layout, make_bound(params.codebook.width));
     cuda_check(cudaGetLastError(), "vq_assign (large width)");
 }
 
