@@ -15,6 +15,7 @@ from meditok.data.geometry import displayed_size
 from meditok.data.image import Geometry, MedicalImage
 from meditok.errors import ShapeError, UsageError
 
+_MAX_RESIZED = 2**26  # pixels; only a crop of a very thin picture comes near it
 MODES = ("pad", "stretch", "crop", "tile", "none")
 
 
@@ -39,6 +40,8 @@ def fit(image: MedicalImage, size: int = 256, mode: str = "pad", multiple: int =
     else:
         side = max(height, width) if mode == "pad" else min(height, width)
         rows, columns = max(1, round(height * size / side)), max(1, round(width * size / side))
+    if rows * columns > _MAX_RESIZED:
+        raise ShapeError(f"picture {height}x{width} is too thin to crop to {size}x{size}; use fit pad")
     top, left = (size - rows) // 2, (size - columns) // 2
     pad = (top, size - rows - top, left, size - columns - left)
     pixels = _resize(image.pixels, rows, columns, image.channels == 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from meditok.data.arrays import to_pixels
-from meditok.data.fit import MODES, check_multiple, fit, unfit
+from meditok.data.fit import check_multiple, fit, unfit
 from meditok.data.image import Geometry, MedicalImage
 from meditok.data.options import ReadOptions, read_options
 from meditok.data.reading import frames
@@ -110,6 +110,3 @@ def array_image(pixels: torch.Tensor, array, options: ReadOptions) -> MedicalIma
         window="full",
         channels=1 if torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2]) else 3,
     )
-
-
-FIT_MODES = MODES

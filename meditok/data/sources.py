@@ -66,7 +66,14 @@ class Source:
         except MeditokError as error:
             yield Row(f"{self.name}#0", self.path, None, error, dict(self.columns))
             return
-        for index in self._chosen(reader):
+        chosen = self._chosen(reader)
+        if not chosen:
+            wanted = self.options.frame
+            error = BadInputError(
+                f"{self.path}: frame {wanted} is not in 0..{reader.frames - 1}; leave --frame out"
+            )
+            yield Row(f"{self.name}#{wanted}", self.path, None, error, dict(self.columns))
+        for index in chosen:
             name, path = self._row_name(reader, index)
             columns = {**self.columns, **self.row_columns.get(name.rpartition("#")[0], {})}
             try:

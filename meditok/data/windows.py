@@ -130,22 +130,23 @@ def random_ct_window(rng: np.random.Generator, probability: float = RANDOM_CT_PR
 class ValueStatistics:
     """Minimum, maximum, non-finite count and percentiles of values that arrive piece by piece.
 
-    Memory is bounded: up to `capacity` finite values are kept as float32; beyond that every second one is
-    dropped, repeatedly, which `thinned` tells (1 = all were kept, n = every n-th).
+    Memory is bounded. Integers of up to 16 bits are counted, so that percentiles are exact for any number of
+    them. Other values are kept as float32 up to `capacity`; beyond that every second one is dropped,
+    repeatedly, which `thinned` tells (1 = all were kept, n = every n-th).
     """
 
-    def __init__(self, capacity: int = 2**25):
+    def __init__(self, capacity: int = 2**24):
         self.minimum = math.inf
         self.maximum = -math.inf
         self.nonfinite = 0
-        self.count = 0
         self.thinned = 1
         self._capacity = capacity
+        self._counts: np.ndarray | None = None  # of the integers -32768..65535
         self._kept: list[np.ndarray] = []
         self._held = 0
 
-    def add(self, values: np.ndarray, keep: bool = True) -> None:
-        """Take in an array of any shape. With keep=False only the extremes and counts are updated."""
+    def add(self, values: np.ndarray) -> None:
+        """Take in an array of any shape and real dtype."""
         flat = np.ravel(values, order="K")
         if flat.dtype.kind == "f":
             finite = np.isfinite(flat)
@@ -155,10 +156,11 @@ class ValueStatistics:
                 flat = flat[finite]
         if flat.size == 0:
             return
-        self.count += flat.size
         self.minimum = min(self.minimum, float(flat.min()))
         self.maximum = max(self.maximum, float(flat.max()))
-        if not keep:
+        if flat.dtype.kind in "iu" and flat.dtype.itemsize <= 2:
+            counts = np.bincount(flat.astype(np.int32) + 32768, minlength=98304)
+            self._counts = counts if self._counts is None else self._counts + counts
             return
         kept = flat[:: self.thinned].astype(np.float32)
         self._kept.append(kept)
@@ -169,14 +171,36 @@ class ValueStatistics:
             self.thinned *= 2
 
     def percentiles(self, low: float, high: float) -> tuple[float, float]:
-        """Two percentiles (linear interpolation); (0, 0) if no finite value was seen."""
-        if not self._held:
+        """Two percentiles (linear interpolation, as numpy's); (0, 0) if no finite value was seen."""
+        values, weights = [], []
+        if self._counts is not None:
+            present = np.flatnonzero(self._counts)
+            values.append(present - 32768.0)
+            weights.append(self._counts[present])
+        if self._held:
+            values.append(np.sort(np.concatenate(self._kept)).astype(np.float64))
+            weights.append(np.full(self._held, self.thinned))
+        if not values:
             return 0.0, 0.0
-        pair = np.percentile(np.concatenate(self._kept).astype(np.float64), [low, high])
-        return float(pair[0]), float(pair[1])
+        if len(values) == 1 and self._counts is None:
+            pair = np.percentile(values[0], [low, high])
+            return float(pair[0]), float(pair[1])
+        value, weight = np.concatenate(values), np.concatenate(weights)
+        order = np.argsort(value, kind="stable")
+        value, ends = value[order], np.cumsum(weight[order])
+        return tuple(_ranked(value, ends, share) for share in (low, high))
 
     def window(self, low: float, high: float) -> Window:
         """The data-driven window between two percentiles."""
         bottom, top = self.percentiles(low, high)
         suffix = "" if self.thinned == 1 else f" of every {self.thinned}th value"
         return Window(bottom, top, f"percentile {low:g} {high:g}{suffix}", fixed=False)
+
+
+def _ranked(value: np.ndarray, ends: np.ndarray, share: float) -> float:
+    """Percentile `share` of sorted values that each occur ends[i] - ends[i - 1] times."""
+    rank = share / 100 * (int(ends[-1]) - 1)
+    below, above = (
+        value[np.searchsorted(ends, math.floor(rank) + step, side="right")] for step in (0, rank % 1 > 0)
+    )
+    return float(below + (above - below) * (rank % 1))

@@ -74,6 +74,8 @@ def test_two_series_two_sizes_and_a_localiser_are_kept_apart(tmp_path):
     assert [reason for _, reason in found.ignored] == ["localiser (--include-secondary reads it)"]
     assert any("localiser" in note for note in found.warnings)
     assert any("2 orientations, sizes or spacings" in note for note in found.warnings)
+    volumes = [{row.image.volume for row in source.rows()} for source in found.sources]
+    assert all(len(keys) == 1 for keys in volumes) and len(set.union(*volumes)) == 3
     chosen = discover([tmp_path], ReadOptions(series="2"))
     assert len(chosen.sources) == 1 and len(chosen.sources[0].slices) == 2
     with pytest.raises(UsageError, match="--series"):

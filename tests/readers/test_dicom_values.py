@@ -252,3 +252,21 @@ def test_no_text_of_a_tag_reaches_the_picture_or_a_message(tmp_path):
         with pytest.raises(HeaderMismatchError) as caught:
             read(mr(tmp_path / "b.dcm", np.zeros((4, 4), np.uint16), **tags))
         assert marker not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.uint8, np.float32, np.int32])
+def test_percentiles_taken_piece_by_piece_are_numpys(dtype):
+    """Exact for every dtype while all values are kept; integers for any number of them."""
+    from meditok.data.windows import ValueStatistics
+
+    values = np.random.default_rng(3).normal(90, 30, 10001).clip(0, 200).astype(dtype)
+    found = ValueStatistics(capacity=20000)
+    for piece in np.array_split(values, 7):
+        found.add(piece)
+    for low, high in ((0.5, 99.5), (0, 100), (25, 75)):
+        assert found.percentiles(low, high) == pytest.approx(
+            tuple(np.percentile(values, [low, high])), abs=1e-4
+        )
+    thin = ValueStatistics(capacity=1000)
+    thin.add(values.astype(np.float32))
+    assert thin.thinned == 16 and thin.percentiles(25, 75) == pytest.approx(found.percentiles(25, 75), abs=6)

@@ -148,6 +148,13 @@ def test_probe_tells_what_a_run_would_do(tmp_path):
     assert record["window"].startswith("percentile") and record["steps"]
 
 
+def test_a_frame_that_a_source_lacks_is_a_failed_row(tmp_path):
+    """Nothing disappears because --frame is out of range."""
+    png(tmp_path / "a.png", noise(8, 8))
+    (row,) = discover([tmp_path], ReadOptions(frame=3)).sources[0].rows()
+    assert row.image is None and "0..0" in str(row.error)
+
+
 def test_unknown_options_are_usage_errors():
     """With what would be right."""
     for wrong in (

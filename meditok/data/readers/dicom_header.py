@@ -63,18 +63,28 @@ PARSER_ERRORS = (
 )  # fmt: skip
 
 
+_quiet_depth = 0
+
+
 @contextmanager
 def quiet():
-    """Silences pydicom, whose warnings and log lines quote the values of tags."""
+    """Silences pydicom, whose warnings and log lines quote the values of tags. May be nested."""
+    global _quiet_depth
+    if _quiet_depth:
+        yield
+        return
     logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())  # without any, Python would print to stderr
+    propagate, logger.propagate = logger.propagate, False
+    _quiet_depth += 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        _quiet_depth -= 1
+        logger.propagate = propagate
 
 
 class Header:
@@ -102,6 +112,8 @@ class Header:
     # -- typed access -------------------------------------------------------------------------------------
     def value(self, item, keyword: str):
         """The value of a tag, None if absent or empty; HeaderMismatchError if it is not of its VR."""
+        if keyword not in item:
+            return None
         try:
             with quiet():
                 value = item.get(keyword)

@@ -123,14 +123,14 @@ def arrange(slices: list[Slice]) -> tuple[list[Slot], list[str]]:
         warnings.append(
             f"one series holds {len(groups)} orientations, sizes or spacings; each is its own volume"
         )
-    for number, members in enumerate(groups.values()):
-        placed, notes = _arrange_group(members, number)
+    for members in groups.values():
+        placed, notes = _arrange_group(members)
         slots += placed
         warnings += notes
     return slots, warnings
 
 
-def _arrange_group(members: list[Slice], number: int) -> tuple[list[Slot], list[str]]:
+def _arrange_group(members: list[Slice]) -> tuple[list[Slot], list[str]]:
     first = members[0]
     if first.orientation is None or any(item.position is None for item in members):
         return [Slot(item) for item in sorted(members, key=lambda item: (*item.order, item.frame))], []
@@ -156,7 +156,7 @@ def _arrange_group(members: list[Slice], number: int) -> tuple[list[Slot], list[
     slots = []
     for repetition, layer in enumerate(layers):
         placed, notes = _volume(
-            layer, [heights[id(item)] for item in layer], f"{first.series}|{number}|{repetition}"
+            layer, [heights[id(item)] for item in layer], f"{'|'.join(map(str, first.key))}|{repetition}"
         )
         slots += placed
         warnings += notes if repetition == 0 else []

@@ -21,6 +21,7 @@ from meditok.data.image import MedicalImage
 from meditok.data.options import ReadOptions, modality_code
 from meditok.data.readers.blob import Blob
 from meditok.data.readers.common import choose_window, replace_nonfinite, to_tensor
+from meditok.data.readers.gzip_stream import inflate
 from meditok.data.windows import ValueStatistics, Window
 from meditok.errors import (
     CorruptImageError,
@@ -29,7 +30,6 @@ from meditok.errors import (
     IntensityError,
     NonFiniteError,
     ShapeError,
-    UnsafeFileError,
     UsageError,
 )
 
@@ -255,6 +255,14 @@ class NiftiFile:
         if self.dtype.kind == "f":
             _ = self.statistics  # counts non-finite voxels of the whole file before the first slice is given
         bias = self.options.ct_bias if ct else None
+        if (
+            ct
+            and bias is None
+            and self.dtype.kind == "u"
+            and self.inter >= 0
+            and self.statistics.minimum >= 0
+        ):
+            self.notes.append("unsigned CT without a value below 0 HU: pass --ct-bias 1024 if 1024 was added")
         if bias:
             steps.append(f"ct bias {bias:g} subtracted")
             self.inter -= bias
@@ -323,47 +331,6 @@ class NiftiFile:
             position=geo.slice_position(self.geometry, index),
             warnings=list(self.notes),
         )
-
-
-def inflate(blob: Blob, expected: int, limits) -> bytearray:
-    """The gzip stream of `blob` up to `expected` bytes, read to its end so that its checksum is verified.
-
-    Raises CorruptImageError for a cut stream or a bad checksum, UnsafeFileError when far more comes out
-    than the header announced.
-    """
-    out, total, position = bytearray(), 0, 0
-    deadline = limits.deadline(blob.label)
-    inflater = zlib.decompressobj(31)
-    try:
-        while True:
-            piece = blob.read(position, _CHUNK)
-            position += len(piece)
-            if not piece:
-                break
-            while piece:
-                got = inflater.decompress(piece, _CHUNK)
-                total += len(got)
-                if len(out) < expected:
-                    out += got[: expected - len(out)]
-                if total > expected + limits.ratio_from:
-                    raise UnsafeFileError(
-                        f"{blob.label}: inflates past {total} bytes, although its header announces {expected}; "
-                        "it was not read; get the file again"
-                    )
-                deadline.check()
-                piece = inflater.unconsumed_tail
-                if inflater.eof and inflater.unused_data:
-                    if inflater.unused_data[:2] != b"\x1f\x8b":
-                        return out  # bytes after the stream, which gzip allows
-                    piece, inflater = inflater.unused_data, zlib.decompressobj(31)
-        if not inflater.eof:
-            raise zlib.error("stream not finished")
-    except zlib.error as error:
-        raise CorruptImageError(
-            f"{blob.label}: the gzip stream is cut or its checksum is wrong after {total} inflated bytes "
-            f"of {expected} expected; get the file again"
-        ) from error
-    return out
 
 
 def sidecar_modality(blob: Blob) -> str | None:

@@ -49,7 +49,10 @@ class PictureFile:
         with self._opened() as picture:
             self.width, self.height = picture.size
             options.limits.check_pixels(self.width, self.height, self.where)
-            self.frames = int(getattr(picture, "n_frames", 1))
+            # a JPEG's further pictures (MPF: previews, gain maps) are not frames of a series
+            found = int(getattr(picture, "n_frames", 1))
+            self.frames = 1 if kind == "jpeg" else found
+            self._extra = found - self.frames
             options.limits.check_frames(self.frames, self.where)
         self._depth = _png_depth(self._data) if kind == "png" else None
 
@@ -83,6 +86,8 @@ class PictureFile:
     def image(self, index: int) -> MedicalImage:
         """Page `index` as a MedicalImage."""
         steps, notes = [], []
+        if self._extra:
+            notes.append(f"{self._extra} further pictures inside this JPEG (previews, gain maps) left out")
         values, low, high = self._stored(index, steps, notes)
         values, filled = replace_nonfinite(values, self.options.nonfinite, self.where)
         steps += filled
@@ -116,8 +121,11 @@ class PictureFile:
                 self.options.limits.check_pixels(*picture.size, self.where)
             self._refuse_deep_colour(picture)
             orientation = int(picture.getexif().get(274, 1) or 1)
+            if self.kind == "tiff" and orientation in _ORIENTATIONS:  # Pillow turns a TIFF while loading it
+                steps.append(f"orientation {orientation} applied")
             inverted = self.kind == "tiff" and picture.tag_v2.get(262) == 0 and picture.mode not in ("1", "L")
             picture.load()
+            orientation = int(picture.getexif().get(274, 1) or 1)  # PNG may hold it behind the pixels
             values, bits = self._values(picture, steps, notes)
         if orientation in _ORIENTATIONS:
             transpose, rows, columns = _ORIENTATIONS[orientation]
