@@ -41,7 +41,7 @@ __device__ void load_stage(Stage<kWidth>& stage, const PackedView& view, int64_t
 }
 
 template <int kWidth>
-__global__ void __launch_bounds__(kThreads) assign_small_dim_kernel(
+__global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
     const __grid_constant__ AssignParams params, const __grid_constant__ PackedLayout layout, Bound bound) {
     __shared__ Stage<kWidth> stage;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
