@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -36,11 +37,10 @@ class Console:
         """How a path becomes the keyed hash that a log may hold."""
         self._hasher = hasher
 
-    def info(self, message: str, **fields) -> None:
-        """Progress and results in words; `fields` go to the JSON log."""
-        if self.quiet:
-            return
-        self._emit("info", message, fields)
+    def info(self, message: str, *, private: bool = False, **fields) -> None:
+        """Results in words; `fields` go to the JSON log, `private` says that the text names a file."""
+        if not self.quiet:
+            self._emit("info", message, fields, private=private)
 
     def warning(self, message: str, *, name: str = "", private: bool = False) -> None:
         """Something to know; `name` is the file it is about, `private` says that the text names a file."""
@@ -68,7 +68,8 @@ class Console:
     @contextlib.contextmanager
     def progress(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         """A bar on stderr, on a terminal only; yields a function that advances it."""
-        if self.quiet or self.log_json or not sys.stderr.isatty():
+        plain = self.quiet or self.log_json or not sys.stderr.isatty()
+        if plain or importlib.util.find_spec("rich") is None:
             yield lambda step=1: None
             return
         from rich.console import Console as RichConsole
@@ -103,14 +104,15 @@ def run_guarded(call: Callable[[], int | None]) -> int:
             click.echo("meditok: interrupted; nothing unfinished was kept", err=True)
             return INTERRUPTED
         except BrokenPipeError:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # the reader left: nothing to report
+            # Whoever read stdout has left; what Python still flushes at exit goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return _fail(error, f"{where}{error.strerror or type(error).__name__}", 1)
         except Exception as error:
+            if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError):
+                return _fail(error, "out of memory; pass a smaller --batch-size, or --device cpu", 1)
             at = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(at.filename).name}:{at.lineno}"
             return _fail(
@@ -127,7 +129,8 @@ def _fail(error: BaseException, message: str, code: int) -> int:
         for block in traceback.format_tb(error.__traceback__):
             click.echo(block.rstrip(), err=True)
     if console.log_json:
-        record = {"level": "error", "error": type(error).__name__, "exit_code": code}
+        meaning = (type(error).__doc__ or "").split("\n")[0]
+        record = {"level": "error", "error": type(error).__name__, "meaning": meaning, "exit_code": code}
         click.echo(json.dumps(record), err=True)
     else:
         click.echo(f"meditok: error: {' '.join(message.split())}", err=True)
@@ -137,7 +140,7 @@ def _fail(error: BaseException, message: str, code: int) -> int:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     # Warnings of other packages may quote header values; ours do not.
     if "meditok" in Path(filename).parts or str(message).startswith("meditok"):
-        console.warning(str(message))
+        console.warning(str(message), private=True)
 
 
 def write_json(target: str | None, value: object) -> None:

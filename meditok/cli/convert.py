@@ -26,6 +26,6 @@ def command(checkpoint: str, out: str, attention: str | None, name: str | None, 
     from ..models.convert import convert
 
     path = convert(checkpoint, out, attention=attention, name=name)
-    console.info(f"wrote {path}")
+    console.info(f"wrote {path}", private=True)
     write_json(json_out, {"out": str(path)})
     return 0

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # (label, modality where the file does not state it, package, path inside it); nothing is downloaded.
 SCANS = (
-    ("CT, abdomen", None, "pydicom", "data/test_files/CT_small.dcm"),
+    ("CT, spine", None, "pydicom", "data/test_files/CT_small.dcm"),
+    ("CT, head", None, "pydicom", "data/test_files/J2K_pixelrep_mismatch.dcm"),
     ("MRI", None, "pydicom", "data/test_files/examples_overlay.dcm"),
     ("Ultrasound", None, "pydicom", "data/test_files/examples_rgb_color.dcm"),
     ("Histology, IHC", "histology", "skimage", "data/ihc.png"),
@@ -75,10 +76,9 @@ def command(out: str, model: str, device: str, precision: str, json_out: str | N
     draw_sheet(shown, loaded.config.name, folder / "side-by-side.png")
     groups, codes = loaded.config.num_codebooks, loaded.config.codebook_size
     grid = shown[0].grid
-    console.info(
-        f"each picture is {grid[0]}x{grid[1]} positions x {groups} ids of {codes}; wrote "
-        f"{folder / 'tokens.parquet'} and {folder / 'side-by-side.png'}"
-    )
+    files = f"{folder / 'tokens.parquet'} and {folder / 'side-by-side.png'}"
+    made = f"each picture is {grid[0]}x{grid[1]} positions x {groups} ids of {codes}; wrote {files}"
+    console.info(made, private=True)
     console.info("research use, not a medical device")
     write_json(
         json_out,
@@ -99,8 +99,9 @@ def command(out: str, model: str, device: str, precision: str, json_out: str | N
     return 0
 
 
-def scans() -> Iterator[tuple[str, str | None, Path]]:
-    """The scans that are here. MissingPartError where none is."""
+def scans() -> Iterator[tuple[str, Path, MedicalImage]]:
+    """(label, file, picture) of the scans that are here. MissingPartError where none is."""
+    from ..data import read
     from ..errors import MissingPartError
 
     found = 0
@@ -108,10 +109,15 @@ def scans() -> Iterator[tuple[str, str | None, Path]]:
         spec = importlib.util.find_spec(package)
         path = Path(spec.submodule_search_locations[0]) / inside if spec else None
         if path is None or not path.is_file():
-            console.warning(f"{label}: {inside} is not in the installed {package}; left out")
+            console.warning(f"{label} is left out: the installed {package} does not hold {inside}")
+            continue
+        try:
+            image = read(path, **({"modality": modality} if modality else {}))
+        except MissingPartError as error:
+            console.warning(f"{label} is left out: {error}")
             continue
         found += 1
-        yield label, modality, path
+        yield label, path, image
     if not found:
         raise MissingPartError(
             "demo: no scan found; the pictures come with pydicom and scikit-image, pip install them"
@@ -120,7 +126,7 @@ def scans() -> Iterator[tuple[str, str | None, Path]]:
 
 def run_demo(model: Tokenizer, tokens: Path) -> Iterator[Shown]:
     """Tokenise the scans into `tokens`, then decode that file; yields one Shown a scan."""
-    from ..data import fit, read
+    from ..data import fit
     from ..pipeline import PATCH, describe
     from ..tokens.format import TokenReader, TokenWriter
     from ..tokens.keys import Namer
@@ -132,8 +138,7 @@ def run_demo(model: Tokenizer, tokens: Path) -> Iterator[Shown]:
     namer = Namer(b"", keep_names=True)  # public pictures: no key is made on this machine
     originals = []
     with TokenWriter(tokens, info) as writer:
-        for label, modality, path in scans():
-            image = read(path, **({"modality": modality} if modality else {}))
+        for label, path, image in scans():
             fitted = fit(image, size, "pad", multiple=PATCH)[0]
             ids = model.tokenize(fitted.pixels[None], stable=True).cpu().numpy()
             writer.write(ids, [describe(fitted, f"{path.name}#0", namer)])

@@ -91,10 +91,8 @@ def decode_file(
                 writer.write(picture)
                 advance(1)
         counts = {"rows": len(reader), "pictures": writer.pictures, "volumes": writer.volumes}
-    console.info(
-        f"{counts['rows']} rows: {counts['pictures']} pictures and {counts['volumes']} volumes in {out}",
-        **counts,
-    )
+    done = f"{counts['rows']} rows: {counts['pictures']} pictures and {counts['volumes']} volumes in {out}"
+    console.info(done, private=True, **counts)
     if writer.kept:
         console.info(f"{writer.kept} files were there already, byte for byte the same")
     if writer.wrote_native:

@@ -42,6 +42,9 @@ def command(inputs: tuple[str, ...], json_out: str | None, keep_names: bool, on_
 
 
 def _print_table(records: list[dict]) -> None:
+    from .._lazy import require
+
+    require("rich", purpose="the table of meditok inspect (--json - needs none)")
     from rich.console import Console
     from rich.table import Table
 

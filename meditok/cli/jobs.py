@@ -32,6 +32,7 @@ class Tally:
     failed: int = 0
     ignored: int = 0
     rows: int = 0
+    rate: float = 0.0  # pictures a second
     failures: list[tuple[str, MeditokError]] = field(default_factory=list)  # (relative name, error)
 
     @property
@@ -64,6 +65,7 @@ def find_inputs(inputs: Sequence[str], options: ReadOptions, outputs: Sequence[s
 
     found = discover(inputs, options)
     guard_outputs(inputs, found, outputs)
+    found.failed[:] = [(_relative(path, inputs), error) for path, error in found.failed]
     for warning in found.warnings:
         console.warning(warning, private=True)
     return found
@@ -82,6 +84,14 @@ def guard_outputs(inputs: Sequence[str], found: Discovery, outputs: Sequence[str
         found.ignored[:] = [(path, reason) for path, reason in found.ignored if not _within(path, out)]
 
 
+def _relative(path: str, inputs: Sequence[str]) -> str:
+    """Name of a failed file as its rows would have had it: relative to the input it came with."""
+    for folder in inputs:
+        if os.path.isdir(folder) and Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents:
+            return Path(os.path.relpath(path, folder)).as_posix()
+    return Path(path).name
+
+
 def _within(path: str, folder: Path) -> bool:
     real = Path(os.path.realpath(path))
     return real == folder or folder in real.parents
@@ -97,6 +107,14 @@ def load_model(name: str, device: str, precision: str) -> Tokenizer:
         if "MEDITOK_" not in str(error):
             raise
         raise MissingPartError(f"{error}; use --backend auto") from None
+
+
+def backend(model: Tokenizer) -> str:
+    """What computes: the device, and whose kernels run on it."""
+    from .. import native
+
+    level = f" {native.isa}" if native.isa and model.device.type == "cpu" else ""
+    return f"{model.device.type}, {native.backend}{level}"
 
 
 @dataclass
@@ -167,8 +185,8 @@ def tokenize_into(write: Callable[[np.ndarray, list[Description]], None], job: J
         for result in encode(_counted(job.found.sources, advance), job.model, job.settings, job.namer):
             _take(tally, result, write, job.on_error)
     conclude(tally)
-    seconds = time.monotonic() - started
-    console.info(f"{tally.sentence()}, {tally.rows / max(seconds, 1e-9):.1f} a second", **tally.counts())
+    tally.rate = tally.rows / max(time.monotonic() - started, 1e-9)
+    console.info(f"{tally.sentence()}, {tally.rate:.1f} a second on {backend(job.model)}", **tally.counts())
     return tally
 
 
@@ -231,4 +249,9 @@ def failure_records(tally: Tally, namer: Namer, *, names: bool = False) -> list[
 def report_of(tally: Tally, job: Job, json_out: str | None) -> dict:
     """The JSON report of a run; names only on stdout or with --keep-names."""
     failures = failure_records(tally, job.namer, names=json_out == "-")
-    return tally.counts() | job.info.to_metadata() | {"warnings": console.warned, "failures": failures}
+    run = {
+        "backend": backend(job.model),
+        "images_per_second": round(tally.rate, 3),
+        "warnings": console.warned,
+    }
+    return tally.counts() | job.info.to_metadata() | run | {"failures": failures}

@@ -37,6 +37,8 @@ def command(inputs: tuple[str, ...], out: str | None, json_out: str | None, dry_
 
     if out is None and not dry_run:
         raise UsageError("tokenize: no output; name one with -o (OUT.parquet or a folder), or pass --dry-run")
+    if out == json_out == "-":
+        raise UsageError("tokenize: -o - and --json - both want stdout; give one of them a file")
     reading, settings, options = opt.sort(options)
     job = jobs.start(inputs, reading, settings, options, outputs=[out] if out not in (None, "-") else [])
     if out is None:
@@ -61,7 +63,7 @@ def _tokenize(job, out: Path, options: dict, json_out: str | None, *, dry_run: b
     digest = job.digest(**sharding)
     earlier = store.plan_output(out, digest, overwrite=options["overwrite"])
     if earlier is not None:
-        console.info(f"{out}: nothing to do, made of the same inputs and options before")
+        console.info(f"{out}: nothing to do, made of the same inputs and options before", private=True)
         return jobs.SOME_FAILED if earlier else 0
     if dry_run:
         return rehearse(job, json_out)

@@ -264,3 +264,35 @@ def test_a_defect_is_one_line_and_exit_1_and_debug_shows_where_without_values(
         and "pipeline.py" in err
         and "secret value" not in err.replace('raise RuntimeError("secret value")', "")
     )
+
+
+def test_a_killed_run_never_looks_finished_and_the_same_command_finishes_it(cli, make, model_dir, tmp_path):
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+    from pathlib import Path
+
+    import meditok
+    from meditok.errors import BadInputError
+    from meditok.tokens.store import open_tokens
+
+    for index in range(40):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(make.noise((64, 64), seed=index)).save(tmp_path / "in" / f"{index:02d}.png")
+    arguments = ["tokenize", tmp_path / "in", "--size", "64", "--model", model_dir, "--shard-size", "3", "-o"]
+    root = str(Path(meditok.__file__).parents[1])
+    command = [sys.executable, "-m", "meditok", *map(str, arguments), str(tmp_path / "killed")]
+    running = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "part-00000.parquet").exists() and running.poll() is None:
+        time.sleep(0.005)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    if running.returncode == -signal.SIGKILL:
+        with pytest.raises(BadInputError, match="unfinished"):
+            open_tokens(tmp_path / "killed")
+    for out in ("killed", "whole"):
+        assert cli(*arguments, tmp_path / out)[0] == 0
+    killed, whole = ({p.name: p.read_bytes() for p in (tmp_path / o).iterdir()} for o in ("killed", "whole"))
+    assert killed == whole and len(whole) == 16
