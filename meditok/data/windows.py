@@ -30,6 +30,8 @@ CT_ONLY = frozenset(CT_WINDOWS) - {"full"}
 RANDOM_CT_PROBABILITY = 0.5
 RANDOM_CT_WEIGHTS = {"full": 0.2, "default": 0.3, "soft-tissue": 0.3, "lung": 0.15, "bone": 0.05}
 
+_BLOCK = 2**18  # values scaled at a time
+
 
 @dataclass(frozen=True)
 class WindowRequest:
@@ -91,14 +93,26 @@ def apply_window(values: np.ndarray, window: Window) -> np.ndarray:
     A window of no width, which a constant picture gives under a data-driven rule, maps everything to -1;
     a fixed one of no width (DICOM LINEAR with width 1) is a threshold: above low is +1.
     """
-    if window.high > window.low:
-        scaled = np.subtract(values, window.low, dtype=np.float64)
+    if (
+        values.dtype.kind in "iu"
+        and values.dtype.itemsize <= 2
+        and values.size > 2 ** (8 * values.dtype.itemsize)
+    ):
+        ends = np.iinfo(values.dtype)  # fewer different values than pixels: map each once
+        table = apply_window(np.arange(ends.min, ends.max + 1, dtype=np.int32), window)
+        return table[values.astype(np.intp) - ends.min]
+    if window.high <= window.low:
+        if not window.fixed:
+            return np.full(values.shape, -1.0, dtype=np.float32)
+        return np.where(values > window.low, np.float32(1), np.float32(-1))
+    pixels = np.empty(values.shape, dtype=np.float32)
+    rows = max(1, _BLOCK // max(1, values[:1].size))
+    for start in range(0, len(values), rows):  # in blocks, so that float64 never doubles the memory
+        scaled = np.subtract(values[start : start + rows], window.low, dtype=np.float64)
         scaled *= 2.0 / (window.high - window.low)
         scaled -= 1.0
-        return np.clip(scaled, -1.0, 1.0, out=scaled).astype(np.float32)
-    if not window.fixed:
-        return np.full(values.shape, -1.0, dtype=np.float32)
-    return np.where(values > window.low, np.float32(1), np.float32(-1))
+        pixels[start : start + rows] = np.clip(scaled, -1.0, 1.0, out=scaled)
+    return pixels
 
 
 def to_native(pixels: torch.Tensor, low: float, high: float, steps: Iterable[str] = ()) -> torch.Tensor:

@@ -270,3 +270,22 @@ def test_percentiles_taken_piece_by_piece_are_numpys(dtype):
     thin = ValueStatistics(capacity=1000)
     thin.add(values.astype(np.float32))
     assert thin.thinned == 16 and thin.percentiles(25, 75) == pytest.approx(found.percentiles(25, 75), abs=6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])
+def test_large_and_small_pictures_are_windowed_alike(dtype):
+    """Whether values are mapped one by one, in blocks or by a table, the bits are the same."""
+    values = np.random.default_rng(4).integers(0, 200, (300, 500)).astype(dtype)
+    for window in (Window(-20, 150, "x"), Window(7, 7, "x"), Window(7, 7, "x", fixed=False)):
+        whole = apply_window(values, window)
+        rows = np.stack([apply_window(row[None], window)[0] for row in values])
+        assert whole.dtype == np.float32 and np.array_equal(whole, rows)
+    clipped = np.clip((values.astype(np.float64) + 20) * (2 / 170) - 1, -1, 1)
+    assert np.array_equal(apply_window(values, Window(-20, 150, "x")), clipped.astype(np.float32))
+
+
+def test_a_program_in_the_preamble_is_warned_about(tmp_path):
+    """The picture reads; the note says what the file also is."""
+    path = mr(tmp_path / "a.dcm", np.arange(16, dtype=np.uint16).reshape(4, 4))
+    path.write_bytes(b"MZ" + path.read_bytes()[2:])
+    assert any("program" in note for note in read(path).warnings)

@@ -64,7 +64,7 @@ def looks_like_dicom(head: bytes) -> bool:
         return False
     group, element, length = struct.unpack_from("<HHI", head)
     if group in (2, 8) and element < 0x70:
-        return head[4:6].isalpha() and head[4:6].isupper() or length < 256
+        return head[4:6].isalpha() and head[4:6].isupper() or (length < 256 and length % 2 == 0)
     return head[:4] in (b"\x00\x08\x00\x05", b"\x00\x08\x00\x08", b"\x00\x08\x00\x16")
 
 
@@ -76,11 +76,14 @@ def locate(blob: Blob, limits: Limits, assume_syntax: str | None = None) -> Layo
     UnsafeFileError for a deflated bomb or runaway nesting.
     """
     data = blob.buffer()
+    program = data[:2] == b"MZ" or data[:4] == b"\x7fELF"
     syntax, start = _meta(data, blob.label, assume_syntax)
     if syntax == DEFLATED_LE:
         data, start = _inflate(data, start, blob, limits), 0
     little, implicit = syntax != EXPLICIT_BE, syntax == IMPLICIT_LE
     layout = Layout(data, syntax, implicit, little, start, len(data))
+    if program:
+        layout.notes.append("the preamble begins like a program; do not run this file")
     if start + 8 <= len(data):
         vr = bytes(data[start + 4 : start + 6])
         explicit = bool(re.fullmatch(rb"[A-Z]{2}", vr))
