@@ -93,14 +93,6 @@ def apply_window(values: np.ndarray, window: Window) -> np.ndarray:
     A window of no width, which a constant picture gives under a data-driven rule, maps everything to -1;
     a fixed one of no width (DICOM LINEAR with width 1) is a threshold: above low is +1.
     """
-    if (
-        values.dtype.kind in "iu"
-        and values.dtype.itemsize <= 2
-        and values.size > 2 ** (8 * values.dtype.itemsize)
-    ):
-        ends = np.iinfo(values.dtype)  # fewer different values than pixels: map each once
-        table = apply_window(np.arange(ends.min, ends.max + 1, dtype=np.int32), window)
-        return table[values.astype(np.intp) - ends.min]
     if window.high <= window.low:
         if not window.fixed:
             return np.full(values.shape, -1.0, dtype=np.float32)

@@ -274,7 +274,7 @@ def test_percentiles_taken_piece_by_piece_are_numpys(dtype):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])
 def test_large_and_small_pictures_are_windowed_alike(dtype):
-    """Whether values are mapped one by one, in blocks or by a table, the bits are the same."""
+    """Whether values are mapped row by row or in blocks, the bits are the same."""
     values = np.random.default_rng(4).integers(0, 200, (300, 500)).astype(dtype)
     for window in (Window(-20, 150, "x"), Window(7, 7, "x"), Window(7, 7, "x", fixed=False)):
         whole = apply_window(values, window)
