@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from .errors import BadInputError, MeditokError, UsageError
-from .tokens.schema import Description, TokenInfo
+from .tokens.schema import Description, TokenInfo, id_dtype
 from .tokens.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -26,9 +27,8 @@ PATCH = 16
 BATCH_SIZE = 16
 _CHUNK = 1 << 20  # bytes read at once for a digest
 FITS = ("pad", "stretch", "crop", "tile")
-PRESETS = {
-    "published": {"fit": "stretch"}
-}  # what the published batch script does: resize, whatever the aspect
+# What the published batch script does: resize to a square, whatever the aspect.
+PRESETS = {"published": {"fit": "stretch"}}
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ class Settings:
 
     @classmethod
     def of(cls, preset: str | None = None, **values) -> Settings:
-        """Settings from named values, None meaning the default; `preset` gives the defaults of what is not
-        named.
-        """
+        """Settings from named values, None meaning the default; `preset` is a set of such values."""
         if preset is not None and preset not in PRESETS:
             raise UsageError(f"preset {preset!r}: unknown; choose one of {', '.join(PRESETS)}")
         named = {k: v for k, v in values.items() if v is not None}
@@ -196,7 +194,10 @@ def _tokenized(items: Iterable[_Item], model: Tokenizer, settings: Settings):
 
 def _run(items: list[_Item], model: Tokenizer, settings: Settings):
     pixels = [item.pixels for item in items if item.pixels is not None]
-    ids = iter(model.tokenize(torch.stack(pixels), stable=settings.stable).cpu().numpy() if pixels else ())
+    ids = iter(())
+    if pixels:
+        found = model.tokenize(torch.stack(pixels), stable=settings.stable).cpu().numpy()
+        ids = iter(found.astype(id_dtype(model.config.codebook_size)))
     for item in items:
         yield item, None if item.pixels is None else next(ids)
 
@@ -257,7 +258,7 @@ def tokenize(
     model = as_model(model, device, precision)
     namer = Namer(keep_names=keep_names)
     ids, rows = [], []
-    for result in [*failed, *encode(sources, model, settings, namer)]:
+    for result in itertools.chain(failed, encode(sources, model, settings, namer)):
         if result.error is not None and on_error == "fail":
             raise result.error
         if result.error is not None:

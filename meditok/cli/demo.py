@@ -39,7 +39,7 @@ class Shown:
     ssim: float
     source_bytes: int  # of the file
     token_bytes: int  # of the ids, tightly packed
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]  # rows, columns, codebooks
 
     def line(self) -> str:
         size = f"{self.original.height}x{self.original.width}"
@@ -74,10 +74,9 @@ def command(out: str, model: str, device: str, precision: str, json_out: str | N
         if json_out != "-":
             click.echo(item.line())
     draw_sheet(shown, loaded.config.name, folder / "side-by-side.png")
-    groups, codes = loaded.config.num_codebooks, loaded.config.codebook_size
-    grid = shown[0].grid
+    rows, columns, groups = shown[0].grid
     files = f"{folder / 'tokens.parquet'} and {folder / 'side-by-side.png'}"
-    made = f"each picture is {grid[0]}x{grid[1]} positions x {groups} ids of {codes}; wrote {files}"
+    made = f"each picture is {rows}x{columns} positions x {groups} ids; wrote {files}"
     console.info(made, private=True)
     console.info("research use, not a medical device")
     write_json(
@@ -149,7 +148,14 @@ def run_demo(model: Tokenizer, tokens: Path) -> Iterator[Shown]:
         for (label, path, image), picture in zip(originals, decoded, strict=True):
             psnr, ssim = compare(image, picture.image)
             yield Shown(
-                label, image, picture.image, psnr, ssim, path.stat().st_size, -(-bits // 8), info.grid
+                label,
+                image,
+                picture.image,
+                psnr,
+                ssim,
+                path.stat().st_size,
+                -(-bits // 8),
+                (*info.grid, info.num_codebooks),
             )
 
 

@@ -28,6 +28,20 @@ PACKAGES = (
     "pylibjpeg-openjpeg",
     "pylibjpeg-rle",
 )
+# What stands in for native.report() where even that cannot be asked.
+NO_KERNELS = {
+    "native": False,
+    "why": "",
+    "backend": "none",
+    "isa": {"compiled": [], "detected": [], "chosen": None},
+    "cuda": {
+        "compiled": False,
+        "architectures": [],
+        "driver_found": None,
+        "driver_needed": None,
+        "usable": False,
+    },
+}
 # Transfer syntax -> pydicom plugins that decode it.
 SYNTAXES = {
     "JPEG Baseline (8 bit)": ("1.2.840.10008.1.2.4.50", "JPEGBaseline8BitDecoder"),
@@ -58,7 +72,7 @@ def report() -> dict:
         "versions": {name: _version(name) for name in PACKAGES},
     }
     # The kernels' own fields stand at the top, where scripts ask for "native", "isa" and "cuda".
-    found |= kernels if "error" not in kernels else {"native": False, "why": kernels["error"]}
+    found |= kernels if "error" not in kernels else NO_KERNELS | {"why": kernels["error"]}
     found["device"] = _guarded(_device)
     found["decoders"] = _guarded(_decoders)
     found["models"] = _guarded(_models)

@@ -26,15 +26,12 @@ def draw_sheet(shown: list[Shown], model: str, path: Path) -> None:
     height = MARGIN + HEADER + 2 * CELL + GAP + FOOTER + MARGIN // 2
     sheet = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    grid = shown[0].grid
     draw.text((MARGIN, MARGIN - 6), f"meditok demo: model {model}", INK, _font(26))
-    draw.text(
-        (MARGIN, MARGIN + 30),
-        f"Above: the scan in its window. Below: decoded from {grid[0]} x {grid[1]} x 8 token ids "
-        f"({shown[0].token_bytes} bytes). Research use, not a medical device.",
-        FAINT,
-        _font(15),
+    note = (
+        f"Above: the scan in its window. Below: decoded from {' x '.join(map(str, shown[0].grid))} token ids "
+        f"({shown[0].token_bytes} bytes). Research use, not a medical device."
     )
+    draw.text((MARGIN, MARGIN + 30), note, FAINT, _font(15))
     top = MARGIN + HEADER
     for row, label in enumerate(("original", "from tokens")):
         y = top + row * (CELL + GAP)

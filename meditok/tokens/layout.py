@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from ..errors import UnsafeFileError, UsageError
+from ..errors import BadInputError, UnsafeFileError, UsageError
 from .schema import Description
 
 FORMATS = {"png": ".png", "png16": ".png", "nifti": ".nii.gz", "npy": ".npy"}
@@ -26,9 +26,7 @@ class Run:
 
 @dataclass
 class Layout:
-    """Where rows go. `runs` holds rows that become part of a NIfTI file, `frames` rows of a cine, by row
-    id.
-    """
+    """Where rows go, by row id: `runs` into a NIfTI file, `frames` into a folder, others by themselves."""
 
     picture_format: str | None  # None: PNG, unless native values need more
     runs: dict[str, Run] = field(default_factory=dict)
@@ -63,23 +61,23 @@ def plan_layout(rows: Iterable[Description], fmt: str | None = None, values: str
     A volume is two or more grey slices at known places, evenly spaced within 1 %; a gap divides it into runs.
     What cannot be a volume is written as single pictures, with a warning. UsageError: fmt "nifti" with rows
     that have no place in a volume, or native values that do not fit a PNG; UnsafeFileError: an id that is no
-    safe file name.
+    safe file name; BadInputError: an id twice.
     """
     if fmt not in (None, *FORMATS):
         raise UsageError(f"--as {fmt}: unknown; choose one of {', '.join(FORMATS)}")
     layout = Layout("png" if fmt == "nifti" else fmt)
     volumes: dict[str, _Volume] = {}
     sources: dict[str, dict[str, int]] = {}
-    flat: str = ""
+    flat, seen = "", set()
     top = PNG_TOP.get(fmt) if values == "native" else None
     for row in rows:
         safe_name(row.id)
-        if (
-            row.volume
-            and row.slice is not None
-            and row.geometry is not None
-            and row.geometry.affine is not None
-        ):
+        part = row.id, row.tile
+        if part in seen:
+            raise BadInputError(f"row {row.id} is there twice; write the tokens again with meditok tokenize")
+        seen.add(part)
+        placed = row.geometry is not None and row.geometry.affine is not None
+        if row.volume and row.slice is not None and placed:
             volume = volumes.setdefault(row.volume, _Volume(row.geometry))
             volume.slices[row.id] = row.slice, row.position
             if row.channels != 1:

@@ -284,3 +284,18 @@ def test_reconstruct_keeps_going_past_failures_when_told_to(cli, pictures, tmp_p
     report = json.loads(out)
     assert code == 6 and report["pictures"] == 3 and report["failed"] == 1
     assert len(list((tmp_path / "out").glob("*.png"))) == 3 and (tmp_path / "out" / "failures.jsonl").exists()
+
+
+def test_an_id_that_is_there_twice_is_refused(cli, pictures, tmp_path):
+    cli("tokenize", pictures / "photo.jpg", "-o", tmp_path / "t.parquet")
+    tokens = Tokens.load(tmp_path / "t.parquet")
+    tokens[[0, 0]].save(tmp_path / "twice.parquet")
+    code, _, err = cli("detokenize", tmp_path / "twice.parquet", "-o", tmp_path / "out")
+    assert code == 3 and "twice" in err and not (tmp_path / "out").exists()
+
+
+def test_the_tiles_of_a_picture_must_all_be_there(cli, pictures, tmp_path, patch_model):
+    cli("tokenize", pictures / "deep.png", "-o", tmp_path / "t.parquet", "--fit", "tile", "--size", 32)
+    Tokens.load(tmp_path / "t.parquet")[1:].save(tmp_path / "some.parquet")
+    code, _, err = cli("detokenize", tmp_path / "some.parquet", "-o", tmp_path / "out")
+    assert code == 3 and "tiles" in err
