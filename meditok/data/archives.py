@@ -71,7 +71,7 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
                     members.append(Member(blob, name))
                 else:
                     ignored.append((label, "not an image"))
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError):
         failed.append(
             (
                 path,
@@ -80,7 +80,6 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
                 ),
             )
         )
-        del error
     good = []
     for member in members:
         try:

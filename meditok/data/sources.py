@@ -11,7 +11,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from meditok.data import archives, manifest
@@ -20,7 +20,7 @@ from meditok.data.options import ReadOptions
 from meditok.data.readers import open_blob, sniff
 from meditok.data.readers.blob import Blob
 from meditok.data.windows import parse_window
-from meditok.errors import BadInputError, IntensityError, MeditokError, NotAnImageError, UsageError
+from meditok.errors import BadInputError, IntensityError, MeditokError, UsageError
 
 
 @dataclass
@@ -208,7 +208,7 @@ def _expand(item: str, discovery: Discovery, found: list[_Found]) -> None:
         else:
             found.append(_Found(Blob.of(item), os.path.basename(item), True))
     elif glob.has_magic(item):
-        root = Path(*[part for part in _fixed_parts(item)]) if _fixed_parts(item) else Path(".")
+        root = Path(*_fixed_parts(item))
         paths = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
         if not paths:
             raise UsageError(f"{item}: no file matches; correct the pattern")
@@ -312,9 +312,6 @@ def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, optio
             header.require_image()
             header.check_pixels()
             slices = slices_of(header)
-        except NotAnImageError as error:
-            discovery.failed.append((label, error))
-            continue
         except MeditokError as error:
             discovery.failed.append((label, error))
             continue
@@ -369,8 +366,3 @@ def _check_ct_window(discovery: Discovery, options: ReadOptions) -> None:
     raise UsageError(
         f"window {request.name!r} is for CT and none of the inputs is; pass --modality ct, or another window"
     )
-
-
-def parent_name(name: str) -> str:
-    """Folder part of a row or source name."""
-    return PurePosixPath(name.partition("#")[0]).parent.as_posix()
