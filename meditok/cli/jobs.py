@@ -109,6 +109,18 @@ def load_model(name: str, device: str, precision: str) -> Tokenizer:
         raise MissingPartError(f"{error}; use --backend auto") from None
 
 
+def check_columns(found: Discovery, wanted: Sequence[str]) -> None:
+    """UsageError for a column to copy that no manifest has."""
+    if not wanted:
+        return
+    known = {name for source in found.sources for name in source.columns}
+    known |= {name for source in found.sources for row in source.row_columns.values() for name in row}
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        have = ", ".join(sorted(known)) or "none at all"
+        raise UsageError(f"--columns: no input has a manifest column {', '.join(missing)}; there are: {have}")
+
+
 def backend(model: Tokenizer) -> str:
     """What computes: the device, and whose kernels run on it."""
     from .. import native
@@ -168,6 +180,7 @@ def start(
     namer = Namer(keep_names=settings.keep_names)
     console.use_names(namer.digest)
     found = find_inputs(inputs, reading, outputs)
+    check_columns(found, settings.columns)
     model = load_model(options["model"], options["device"], options["precision"])
     return Job(found, reading, settings, model, namer, options["on_error"])
 

@@ -201,6 +201,8 @@ def test_manifest_columns_are_copied_only_when_asked_for(cli, pictures, tmp_path
     table = pq.read_table(tmp_path / "t.parquet")
     assert table.column("label").to_pylist() == ["normal", None]
     assert table.column("caption").to_pylist() == ["a chest", None]
+    code, _, err = cli("tokenize", tmp_path / "list.csv", "-o", tmp_path / "u.parquet", "--columns", "labl")
+    assert code == 2 and "labl" in err and "caption, label, path" in err
 
 
 @pytest.mark.parametrize(
