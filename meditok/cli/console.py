@@ -151,6 +151,6 @@ def write_json(target: str | None, value: object) -> None:
     if target == "-":
         click.echo(text, nl=False)
         return
-    from ..tokens.atomic import write_text
+    from ..atomic import write_text
 
     write_text(target, text)

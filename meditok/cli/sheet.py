@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._lazy import require
-from ..tokens.atomic import atomic_path
+from ..atomic import atomic_path
 
 if TYPE_CHECKING:
     from .demo import Shown

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
+from ..atomic import atomic_path, write_text
 from ..errors import BadInputError, MissingPartError, UnsafeFileError, UsageError
 from .config import TokenizerConfig, preset
 from .precision import check_precision
@@ -209,26 +209,10 @@ def write_model(model: Tokenizer, path: str | os.PathLike, dtype: torch.dtype = 
     state = {
         key: value.detach().cpu().to(dtype).contiguous().clone() for key, value in model.state_dict().items()
     }
-    return write_atomic(path, save(state, metadata={"meditok": description, "format": "pt"}))
-
-
-def write_atomic(path: str | os.PathLike, content: bytes) -> Path:
-    """Write a file so that it is either whole or not there: temporary name, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would keep a shared model to its writer
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"meditok": description, "format": "pt"})
     return path
 
 
@@ -238,15 +222,11 @@ def save_pretrained(model: Tokenizer, directory: str | os.PathLike) -> None:
     config = model.config
     write_model(model, directory / WEIGHTS_FILE)
     card = (
-        f"---\nlicence: {config.licence}\ntags: [meditok, medical-imaging, tokenizer]\n---\n# {config.name}\n\n"
-        f"A MedITok tokenizer: {config.num_codebooks} codebooks of {config.codebook_size} codes, "
-        f'{config.image_size} px. {config.intended_use}.\n\nLoad it with `meditok.load("{directory.name}")`.\n'
+        f"---\nlicense: other\nlicense_name: {config.licence}\ntags: [meditok, medical-imaging, tokenizer]\n---\n"
+        f"# {config.name}\n\nA MedITok tokenizer: {config.num_codebooks} codebooks of {config.codebook_size} codes, "
+        f'{config.image_size} px; {config.intended_use}. Load it with `meditok.load("{directory.name}")`.\n\n'
         f"Model hash {model.hash}, codebook hash {model.codebook_hash}.\n"
     )
-    for name, content in (
-        (CONFIG_FILE, config.to_dict()),
-        (PROCESSOR_FILE, model.processor.to_dict()),
-        ("README.md", card),
-    ):
-        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        write_atomic(directory / name, text.encode())
+    write_text(directory / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+    write_text(directory / PROCESSOR_FILE, json.dumps(model.processor.to_dict(), indent=2) + "\n")
+    write_text(directory / "README.md", card)

@@ -15,7 +15,7 @@ import numpy as np
 
 from .._lazy import require
 from ..errors import UsageError
-from .atomic import atomic_path
+from ..atomic import atomic_path
 from .layout import FORMATS, Layout, Run
 from .restore import Restored
 from .schema import Description

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadInputError, UsageError
-from .atomic import write_text
+from ..atomic import write_text
 from .format import TokenReader, TokenWriter
 from .schema import FORMAT, Description, TokenInfo
 
