@@ -37,7 +37,7 @@ def convert(
 
     attention: "causal" (MedITok) or "full" (UniTok); needed only where the file does not tell them apart, which is a
     bare state dict: there MedITok is assumed. UnsafeFileError: content other than plain tensors, or a damaged pickle;
-    MissingPartError: torch below 2.10; BadInputError: not a tokenizer, or weights of odd shapes; UsageError: `out` exists.
+    MissingPartError: torch below 2.10; BadInputError: not a tokenizer, or odd shapes; UsageError: `out` exists.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if out.suffix != ".safetensors":

@@ -179,7 +179,9 @@ def parse_description(text: str, path) -> TokenizerConfig:
 
 def model_from_state(config: TokenizerConfig, state: dict[str, torch.Tensor], where: str) -> Tokenizer:
     """A tokenizer holding exactly `state`; BadInputError lists what is missing, unexpected or of another shape."""
-    with torch.device("meta"):
+    # Large models start on the meta device, so that no random weights are drawn only to be replaced; small ones do
+    # not, since meta tensors import torch's symbolic algebra, which takes longer than drawing them.
+    with torch.device("meta" if config.width > 256 else "cpu"):
         model = Tokenizer(config)
     model = model.to_empty(device="cpu")
     expected = {key: value.shape for key, value in model.state_dict().items()}

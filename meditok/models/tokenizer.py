@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import MissingPartError, TokenShapeError, UsageError
+from ..errors import MissingPartError, UsageError
 from ..nn.blocks import EPS, BottleneckBlock
 from ..nn.quantizer import MultiCodebookQuantizer
 from .checks import as_ids, as_images, square_grid

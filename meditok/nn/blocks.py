@@ -1,6 +1,6 @@
 """Building blocks of ViTamin (Chen et al. 2024, "ViTamin") as MedITok uses it: normalisation, MLPs, convolutions.
 
-Feature maps are (B, channels, height, width), tokens (B, N, channels). Every norm has eps 1e-6 unless it says otherwise.
+Feature maps are (B, channels, height, width), tokens (B, N, channels). Norms have eps 1e-6 unless they say otherwise.
 """
 
 from __future__ import annotations

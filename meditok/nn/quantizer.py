@@ -27,7 +27,7 @@ class MultiCodebookQuantizer(nn.Module):
     """Cuts G*C channels into G pieces and replaces each by the row of its own codebook of largest cosine similarity.
 
     State-dict keys are those of the published checkpoints, `codebooks.{i}.codebook.weight` (K, C) and
-    `codebooks.{i}.vocab_usage` (K,), while in memory all codebooks are one (G, K, C) tensor that the kernels take whole.
+    `codebooks.{i}.vocab_usage` (K,), while in memory all codebooks are one (G, K, C) tensor, as the kernels take it.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._lazy import require
-from ..errors import UsageError
 from ..atomic import atomic_path
+from ..errors import UsageError
 from .layout import FORMATS, Layout, Run
 from .restore import Restored
 from .schema import Description

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .._lazy import require
-from ..errors import BadInputError, TokenShapeError
 from ..atomic import atomic_path
+from ..errors import BadInputError, TokenShapeError
 from .schema import Description, TokenInfo, arrow_schema, check_range, from_batch, id_dtype, ids_of, to_batch
 
 ROWS_PER_GROUP = 512  # a row group holds one dictionary (4096 ids, 8 KiB) for about 1.5 MiB of ids

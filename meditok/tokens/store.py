@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import BadInputError, UsageError
 from ..atomic import write_text
+from ..errors import BadInputError, UsageError
 from .format import TokenReader, TokenWriter
 from .schema import FORMAT, Description, TokenInfo
 
