@@ -25,7 +25,7 @@ def has_native() -> bool:
 
 def levels_here() -> list[str]:
     """Levels that this build and this machine share; none without the compiled core."""
-    if native.core is None:
+    if native.backend != "native":
         return []
     info = native.core.build_info()
     return [name for name in LEVELS if name in info["isa_compiled"] and name in info["isa_detected"]]

@@ -65,7 +65,7 @@ def test_memory_mapped_files(tmp_path):
     np.testing.assert_array_equal(ops.vq_assign(mapped, CODEBOOK), expected(X, CODEBOOK))
 
 
-@pytest.mark.skipif(not has_native(), reason="the compiled core is not built")
+@pytest.mark.skipif(not has_native(), reason="the compiled core does not run")
 def test_numpy_never_goes_through_torch(monkeypatch):
     """With the compiled core, no tensor is made from a NumPy array."""
 

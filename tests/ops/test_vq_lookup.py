@@ -89,7 +89,7 @@ def test_the_gradient_reaches_the_codebook(metric):
     assert torch.autograd.gradcheck(lambda code: ops.vq_lookup(ids, code, metric=metric), (codebook,))
 
 
-@pytest.mark.skipif(not levels_here(), reason="the compiled core is not built")
+@pytest.mark.skipif(not levels_here(), reason="the compiled core does not run")
 def test_the_native_kernel_is_what_runs():
     """One call of each op is one call of the core."""
     x, codebook = randn(4, 1, 8), ops.pack_codebook(randn(1, 16, 8))

@@ -95,7 +95,7 @@ def test_no_rows_and_unmasked_nan_rows():
     assert ids[1, 0] == -1 and z[1, 0].isnan().all() and loss.isnan() and counts.sum() == 5
 
 
-@pytest.mark.skipif(not has_native(), reason="the compiled core is not built")
+@pytest.mark.skipif(not has_native(), reason="the compiled core does not run")
 def test_training_runs_the_native_kernels():
     """The forward of vq_quantize assigns and looks up through the core; mixed dtypes are refused."""
     x, codebook = randn(10, 2, 4), randn(2, 6, 4)
