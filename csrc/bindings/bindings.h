@@ -1,5 +1,5 @@
-// What the binding files share. An entry takes addresses and sizes as integers, counts its calls, releases the
-// interpreter lock and converts nothing: checks and allocation are Python's.
+// What the binding files share. An entry takes addresses and sizes as integers, counts its calls, releases
+// the interpreter lock and converts nothing: checks and allocation are Python's.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,7 +19,9 @@ constexpr const char* kEntryNames[kEntries] = {"vq_pack",      "vq_assign",     
                                                "vq_pack_cuda", "vq_assign_cuda", "vq_lookup_cuda"};
 extern std::atomic<int64_t> entry_calls[kEntries];
 
-inline void count_call(Entry entry) { entry_calls[entry].fetch_add(1, std::memory_order_relaxed); }
+inline void count_call(Entry entry) {
+    entry_calls[entry].fetch_add(1, std::memory_order_relaxed);
+}
 
 void bind_vq(pybind11::module_& module);
 

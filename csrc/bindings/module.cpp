@@ -72,7 +72,8 @@ PYBIND11_MODULE(_core, module) {
     module.def(
         "template_op",
         [](Address x, int64_t size, int64_t stride, Address out, int threads) {
-            template_op_cpu({reinterpret_cast<const float*>(x), size, stride, reinterpret_cast<float*>(out)}, threads);
+            template_op_cpu({reinterpret_cast<const float*>(x), size, stride, reinterpret_cast<float*>(out)},
+                            threads);
         },
         py::call_guard<py::gil_scoped_release>());
 }

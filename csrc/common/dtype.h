@@ -35,8 +35,12 @@ MEDITOK_HD inline uint32_t bits_from_float(float value) {
     return bits;
 }
 
-MEDITOK_HD inline double to_double(double value) { return value; }
-MEDITOK_HD inline double to_double(float value) { return static_cast<double>(value); }
+MEDITOK_HD inline double to_double(double value) {
+    return value;
+}
+MEDITOK_HD inline double to_double(float value) {
+    return static_cast<double>(value);
+}
 MEDITOK_HD inline double to_double(bfloat16_bits value) {
     return static_cast<double>(float_from_bits(static_cast<uint32_t>(value.bits) << 16));
 }
@@ -48,14 +52,19 @@ MEDITOK_HD inline double to_double(half_bits value) {
         const double magnitude = static_cast<double>(fraction) * 5.9604644775390625e-8;
         return sign ? -magnitude : magnitude;
     }
-    const uint32_t widened = exponent == 31 ? 255u : exponent + 112u;  // infinities and NaNs stay what they are
+    const uint32_t widened =
+        exponent == 31 ? 255u : exponent + 112u;  // infinities and NaNs stay what they are
     return static_cast<double>(float_from_bits(sign | (widened << 23) | (fraction << 13)));
 }
 
 // Rounding of a double to each type: to float first, then to the 16-bit type, both to nearest even, as
 // torch's own conversions do.
-MEDITOK_HD inline void from_double(double value, double& out) { out = value; }
-MEDITOK_HD inline void from_double(double value, float& out) { out = static_cast<float>(value); }
+MEDITOK_HD inline void from_double(double value, double& out) {
+    out = value;
+}
+MEDITOK_HD inline void from_double(double value, float& out) {
+    out = static_cast<float>(value);
+}
 MEDITOK_HD inline void from_double(double value, bfloat16_bits& out) {
     const uint32_t bits = bits_from_float(static_cast<float>(value));
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -99,6 +108,8 @@ inline void for_dtype(Dtype dtype, Body&& body) {
 }
 
 // NaN and infinity have an exponent of all ones; x - x is NaN for them and 0 for everything else.
-MEDITOK_HD inline bool is_finite(double value) { return value - value == 0.0; }
+MEDITOK_HD inline bool is_finite(double value) {
+    return value - value == 0.0;
+}
 
 }  // namespace meditok

@@ -72,8 +72,12 @@ const char* isa_name(Isa isa) {
     return "unknown";
 }
 
-std::vector<std::string> isa_compiled() { return names(compiled); }
-std::vector<std::string> isa_detected() { return names(detected); }
+std::vector<std::string> isa_compiled() {
+    return names(compiled);
+}
+std::vector<std::string> isa_detected() {
+    return names(detected);
+}
 
 std::string choose_isa(const std::string& name) {
     for (Isa isa : kBestFirst) {

@@ -12,8 +12,9 @@ const char* isa_name(Isa isa);
 std::vector<std::string> isa_compiled();
 std::vector<std::string> isa_detected();
 
-// Chooses a level by name for all later calls; "" chooses the best one that is compiled and present. Returns the
-// name chosen. Throws std::invalid_argument naming the level and the levels at hand if it is not among them.
+// Chooses a level by name for all later calls; "" chooses the best one that is compiled and present. Returns
+// the name chosen. Throws std::invalid_argument naming the level and the levels at hand if it is not among
+// them.
 std::string choose_isa(const std::string& name);
 
 Isa current_isa();

@@ -1,9 +1,9 @@
 // Rules for files named *_avx2.cpp, *_avx512.cpp, *_neon.cpp, and the few helpers they share.
 //
-// Such a file is the only one compiled with its instruction set. Everything in it, the vector type included, lives in
-// an anonymous namespace, and it calls no inline function or template with external linkage (no std::max, no
-// std::vector): the linker keeps one copy of those, and if it kept the AVX one, machines without AVX would crash.
-// It defines `struct Vec` and includes an x_simd.inl.h that is written against that type:
+// Such a file is the only one compiled with its instruction set. Everything in it, the vector type included,
+// lives in an anonymous namespace, and it calls no inline function or template with external linkage (no
+// std::max, no std::vector): the linker keeps one copy of those, and if it kept the AVX one, machines without
+// AVX would crash. It defines `struct Vec` and includes an x_simd.inl.h that is written against that type:
 //   kWidth                        floats in a vector
 //   load(p), store(p, v)          unaligned access
 //   fill(a)                       the same float everywhere

@@ -18,7 +18,8 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 
-// torch.set_flush_denormal and fast-math libraries change how a thread treats subnormals; scores must not notice.
+// torch.set_flush_denormal and fast-math libraries change how a thread treats subnormals; scores must not
+// notice.
 class DefaultFloatEnvironment {
   public:
 #if defined(__x86_64__)
@@ -107,7 +108,8 @@ std::atomic<Pool*> pool{nullptr};
 Pool* get_pool() {
     Pool* current = pool.load();
     if (current != nullptr) return current;
-    // After a fork only the calling thread lives on: the child drops the parent's pool, whose threads it does not have.
+    // After a fork only the calling thread lives on: the child drops the parent's pool, whose threads it does
+    // not have.
     static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
     (void)registered;
     Pool* fresh = new Pool;

@@ -1,12 +1,12 @@
-// A persistent pool with dynamically claimed items. OpenMP's static schedule stalls for milliseconds when another
-// process takes a core; here whoever is free takes the next item.
+// A persistent pool with dynamically claimed items. OpenMP's static schedule stalls for milliseconds when
+// another process takes a core; here whoever is free takes the next item.
 //
 //   parallel_for(items, threads, [&](int participant, int64_t item) { ... });
 //
-// Items are claimed in order by at most `threads` participants, the caller among them (participant 0). The body must
-// not throw and must give the same answer whoever runs it. Survives fork: the child starts a pool of its own. When
-// the pool is busy with another caller's work, the call runs in the caller's thread alone. Every participant runs
-// with the default floating-point environment (round to nearest, subnormals kept).
+// Items are claimed in order by at most `threads` participants, the caller among them (participant 0). The
+// body must not throw and must give the same answer whoever runs it. Survives fork: the child starts a pool
+// of its own. When the pool is busy with another caller's work, the call runs in the caller's thread alone.
+// Every participant runs with the default floating-point environment (round to nearest, subnormals kept).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// out[i] = x[i], one element a thread in a grid-stride loop. Traffic: 8 bytes an element, so bound by memory; a block
-// of 256 threads keeps enough loads in flight on every architecture.
+// out[i] = x[i], one element a thread in a grid-stride loop. Traffic: 8 bytes an element, so bound by memory;
+// a block of 256 threads keeps enough loads in flight on every architecture.
 
 #include "common/check.h"
 #include "template_op/template_op.h"

@@ -12,8 +12,12 @@ namespace {
 using Vec = __m256;
 constexpr int64_t kWidth = 8;
 
-MEDITOK_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
-MEDITOK_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+MEDITOK_INLINE Vec load(const float* p) {
+    return _mm256_loadu_ps(p);
+}
+MEDITOK_INLINE void store(float* p, Vec v) {
+    _mm256_storeu_ps(p, v);
+}
 
 #include "template_op/template_op_simd.inl.h"
 

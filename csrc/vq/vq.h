@@ -2,10 +2,11 @@
 //
 // vq_assign: ids[n, g] = the code k with the best canonical score, the lowest k among equals:
 //     cosine  s = (sum_i x_i c_i) / max(|c|, 1e-12), largest;      l2  s = sum_i (x_i - c_i)^2, smallest;
-// x = x[n, g, :], c = codebook[g, k, :], upcast exactly to float64, summed in index order, every operation rounded on
-// its own. A vector with a NaN or infinity gets -1; a code with one, or whose score is NaN, is never chosen.
-// vq_lookup: out[n, g, :] = codebook[g, ids[n, g], :], for cosine divided by max(|c|, 1e-12) in float64 and rounded to
-// float32, then to the type of the codebook; an id outside 0..K-1 gives a row of NaN.
+// x = x[n, g, :], c = codebook[g, k, :], upcast exactly to float64, summed in index order, every operation
+// rounded on its own. A vector with a NaN or infinity gets -1; a code with one, or whose score is NaN, is
+// never chosen.
+// vq_lookup: out[n, g, :] = codebook[g, ids[n, g], :], for cosine divided by max(|c|, 1e-12) in
+// float64 and rounded to float32, then to the type of the codebook; an id outside 0..K-1 gives a row of NaN.
 //
 // Types: float32, float16, bfloat16, float64 for x and codebook, each on its own. Sizes: any, 0 included.
 // All strides count elements and may be negative or zero.
@@ -47,15 +48,16 @@ struct LookupParams {
     void* out;  // (rows, groups, width) contiguous, of the codebook's type
 };
 
-// ---- packed codebook -----------------------------------------------------------------------------------------------
+// ---- packed codebook --------------------------------------------------------------------------------------
 // One block of bytes, every part aligned to 64 of them:
 //   PackedHeader, then for each group: PackedGroup
-//   tiles   float (T, width, 32)   filter codes, T = ceil(codes / 32): normalised (cosine) or as they are (l2)
+//   tiles   float (T, width, 32)   filter codes, T = ceil(codes / 32): unit (cosine) or as given (l2)
 //   bias    float (T, 32)          0 (cosine) or -|c|^2 / 2 (l2); -inf: not to be found by the filter
 //   radius  float (T, 32)          upper bound of the norm of the filter code; 0 where bias is -inf
 //   reach   float (T)              largest radius of the tile
 //   norm    double (codes)         canonical max(|c|, 1e-12); NaN marks a code that is never chosen
-// The filter does not look for codes with a NaN or infinity, for padding, nor for exact copies of an earlier code.
+// The filter does not look for codes with a NaN or infinity, for padding, nor for exact copies of an earlier
+// code.
 
 constexpr int64_t kTileCodes = 32;
 constexpr int64_t kAlignment = 64;
@@ -74,12 +76,14 @@ struct PackedGroup {
 constexpr uint64_t kPackedMagic = 0x3176716b6f746964ull;
 
 struct PackedLayout {
-    int64_t tiles;                                 // per group
-    size_t group_bytes, total_bytes;               // of a group, of everything
+    int64_t tiles;                                          // per group
+    size_t group_bytes, total_bytes;                        // of a group, of everything
     size_t tile_at, bias_at, radius_at, reach_at, norm_at;  // within a group
 };
 
-MEDITOK_HD inline size_t align_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+MEDITOK_HD inline size_t align_up(size_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 MEDITOK_HD inline PackedLayout packed_layout(int64_t groups, int64_t codes, int64_t width) {
     PackedLayout layout;
@@ -105,8 +109,10 @@ struct PackedView {
     const double* norm;   // (codes)
 };
 
-MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const PackedLayout& layout, int64_t group) {
-    const unsigned char* base = packed + align_up(sizeof(PackedHeader)) + static_cast<size_t>(group) * layout.group_bytes;
+MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const PackedLayout& layout,
+                                         int64_t group) {
+    const unsigned char* base =
+        packed + align_up(sizeof(PackedHeader)) + static_cast<size_t>(group) * layout.group_bytes;
     PackedView view;
     view.group = reinterpret_cast<const PackedGroup*>(base);
     view.tiles = reinterpret_cast<const float*>(base + layout.tile_at);
@@ -117,7 +123,7 @@ MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const Pack
     return view;
 }
 
-// ---- entry points --------------------------------------------------------------------------------------------------
+// ---- entry points -----------------------------------------------------------------------------------------
 
 void vq_pack_cpu(const Codebook& codebook, Metric metric, unsigned char* packed, int threads);
 void vq_assign_cpu(const AssignParams& params, int threads);

@@ -1,8 +1,10 @@
 // vq_assign for any width: a block a row and group, a lane a code.
 //   1. The block reads the row into shared memory as scaled float32 and bounds its norm.
-//   2. Warps share the tiles; a column of a tile is one 128-byte load, the row's element a broadcast. Every lane keeps
+//   2. Warps share the tiles; a column of a tile is one 128-byte load, the row's element a broadcast. Every
+//      lane keeps
 //      its own search (vq_filter.h).
-//   3. The largest lower bound of all lanes decides who is still in the band; one code left is the answer, several are
+//   3. The largest lower bound of all lanes decides who is still in the band; one code left is the answer,
+//      several are
 //      scored in float64 and the best, lowest code wins.
 // Rows wider than the shared memory, and extreme ones, are scored in float64 throughout.
 
@@ -30,8 +32,9 @@ __device__ float block_max(float value, float* scratch) {
     return value;
 }
 
-__global__ void __launch_bounds__(kThreads, 2) assign_large_dim_kernel(
-    const __grid_constant__ AssignParams params, const __grid_constant__ PackedLayout layout, Bound bound) {
+__global__ void __launch_bounds__(kThreads, 2)
+    assign_large_dim_kernel(const __grid_constant__ AssignParams params,
+                            const __grid_constant__ PackedLayout layout, Bound bound) {
     __shared__ float x[kMaxWidth];
     __shared__ float scratch[kWarps];
     __shared__ double scores[kThreads];
@@ -78,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, 2) assign_large_dim_kernel(
             __syncthreads();
             squares = 0.0f;
             for (int i = 0; i < kWarps; ++i) squares += scratch[i];
-            // Each thread adds at most 32 squares and the trees a few more: 1.0001 is an upper bound with room.
+            // Each thread adds at most 32 squares and the trees a few more: 1.0001 is an upper bound with
+            // room.
             const float x_norm = sqrtf(squares) * unit * 1.0001f;
             canonical = !(x_norm < static_cast<float>(kLargestL2));
 
@@ -113,7 +117,8 @@ __global__ void __launch_bounds__(kThreads, 2) assign_large_dim_kernel(
             if (best.code >= 0) *id = best.code;
             continue;
         }
-        if (best.code >= 0 && !scored) best.score = device_score(params, row, group, best.code, view.norm[best.code]);
+        if (best.code >= 0 && !scored)
+            best.score = device_score(params, row, group, best.code, view.norm[best.code]);
         scores[thread] = best.score;
         codes[thread] = best.code;
         for (int half = kThreads / 2; half > 0; half /= 2) {
@@ -136,9 +141,11 @@ __global__ void __launch_bounds__(kThreads, 2) assign_large_dim_kernel(
 
 void launch_assign_large_dim(const AssignParams& params, int device, void* stream) {
     DeviceGuard guard(device);
-    const PackedLayout layout = packed_layout(params.codebook.groups, params.codebook.codes, params.codebook.width);
+    const PackedLayout layout =
+        packed_layout(params.codebook.groups, params.codebook.codes, params.codebook.width);
     const int64_t groups = params.codebook.groups;
-    const dim3 grid(static_cast<unsigned>(params.rows), static_cast<unsigned>(groups < 65535 ? groups : 65535));
+    const dim3 grid(static_cast<unsigned>(params.rows),
+                    static_cast<unsigned>(groups < 65535 ? groups : 65535));
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     assign_large_dim_kernel<<<grid, kThreads, 0, queue>>>(params, layout, make_bound(params.codebook.width));
     cuda_check(cudaGetLastError(), "vq_assign (large width)");

@@ -1,9 +1,14 @@
-// vq_assign for widths up to 32: a thread a row, the row in registers, codes passing by through shared memory.
-//   1. Each thread scales and rounds its row to float32 and bounds its norm; NaN, zero and extreme rows leave here.
-//   2. Stages of 128 codes are copied to shared memory; eight fused multiply-add chains run at a time on broadcasts.
-//   3. The largest of the eight raises the lower bound of the best score (vq_filter.h); only an octet that reaches it
+// vq_assign for widths up to 32: a thread a row, the row in registers, codes passing by through shared
+// memory.
+//   1. Each thread scales and rounds its row to float32 and bounds its norm; NaN, zero and extreme rows leave
+//      here.
+//   2. Stages of 128 codes are copied to shared memory; eight fused multiply-add chains run at a time on
+//      broadcasts.
+//   3. The largest of the eight raises the lower bound of the best score (vq_filter.h); only an octet that
+//      reaches it
 //      is looked at code by code, and only two codes in one band are scored in float64.
-// Traffic: x once, ids once, the packed codebook once a block (from the second-level cache). Bound by multiply-adds.
+// Traffic: x once, ids once, the packed codebook once a block (from the second-level cache). Bound by
+// multiply-adds.
 
 #include "common/check.h"
 #include "vq/vq_cuda.h"
@@ -26,10 +31,12 @@ struct Stage {
 static_assert(sizeof(Stage<32>) <= 48 * 1024, "static shared memory of every architecture");
 
 template <int kWidth>
-__device__ void load_stage(Stage<kWidth>& stage, const PackedView& view, int64_t first, int count, int64_t width) {
+__device__ void load_stage(Stage<kWidth>& stage, const PackedView& view, int64_t first, int count,
+                           int64_t width) {
     float* code = reinterpret_cast<float*>(stage.code);
     for (int i = threadIdx.x; i < count * kWidth * static_cast<int>(kTileCodes); i += kThreads) {
-        const int tile = i / (kWidth * static_cast<int>(kTileCodes)), rest = i % (kWidth * static_cast<int>(kTileCodes));
+        const int tile = i / (kWidth * static_cast<int>(kTileCodes)),
+                  rest = i % (kWidth * static_cast<int>(kTileCodes));
         const int column = rest / static_cast<int>(kTileCodes);
         code[i] = column < width ? view.tiles[(first + tile) * width * kTileCodes + rest] : 0.0f;
     }
@@ -41,8 +48,9 @@ __device__ void load_stage(Stage<kWidth>& stage, const PackedView& view, int64_t
 }
 
 template <int kWidth>
-__global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
-    const __grid_constant__ AssignParams params, const __grid_constant__ PackedLayout layout, Bound bound) {
+__global__ void __launch_bounds__(kThreads, 4)
+    assign_small_dim_kernel(const __grid_constant__ AssignParams params,
+                            const __grid_constant__ PackedLayout layout, Bound bound) {
     __shared__ Stage<kWidth> stage;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t width = params.codebook.width;
@@ -60,7 +68,8 @@ __global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
             largest = fmax(largest, value);
         }
         const bool zero = cosine && largest == 0.0;  // every score is 0: the first choosable code
-        const bool extreme = cosine ? !(largest < kLargestCosine && largest > kSmallestCosine) : !(largest < kLargestL2);
+        const bool extreme =
+            cosine ? !(largest < kLargestCosine && largest > kSmallestCosine) : !(largest < kLargestL2);
         double scale = 1.0;
         if (cosine && finite && !zero && !extreme) {
             int exponent;
@@ -71,7 +80,8 @@ __global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
         float x[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-            const double value = i < width && !settled && !extreme ? x_element(params, row, group, i) * scale : 0.0;
+            const double value =
+                i < width && !settled && !extreme ? x_element(params, row, group, i) * scale : 0.0;
             sum += value * value;
             x[i] = static_cast<float>(value);
         }
@@ -83,7 +93,8 @@ __global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
         // 2. and 3. The codes.
         Search search;
         for (int64_t first = 0; first < layout.tiles; first += kStageTiles) {
-            const int count = static_cast<int>(layout.tiles - first < kStageTiles ? layout.tiles - first : kStageTiles);
+            const int count =
+                static_cast<int>(layout.tiles - first < kStageTiles ? layout.tiles - first : kStageTiles);
             __syncthreads();
             load_stage(stage, view, first, count, width);
             __syncthreads();
@@ -96,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
                 for (int j = 0; j < kOctet; ++j) value[j] = stage.bias[octet * kOctet + j];
 #pragma unroll
                 for (int column = 0; column < kWidth; ++column) {
-                    const float4* code = stage.code + ((tile * kWidth + column) * static_cast<int>(kTileCodes) + lane) / 4;
+                    const float4* code =
+                        stage.code + ((tile * kWidth + column) * static_cast<int>(kTileCodes) + lane) / 4;
                     const float4 low = code[0], high = code[1];
                     value[0] = __fmaf_rn(x[column], low.x, value[0]);
                     value[1] = __fmaf_rn(x[column], low.y, value[1]);
@@ -120,8 +132,10 @@ __global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
                     reached |= (value[j] > -INFINITY && upper >= search.lower) ? 1u << j : 0u;
                 }
                 for (; reached != 0; reached &= reached - 1) {
-                    const int64_t code = first * kTileCodes + octet * kOctet + __ffs(static_cast<int>(reached)) - 1;
-                    search.consider(params, view, row, group, code, best + margin);  // an upper bound for all eight
+                    const int64_t code =
+                        first * kTileCodes + octet * kOctet + __ffs(static_cast<int>(reached)) - 1;
+                    search.consider(params, view, row, group, code,
+                                    best + margin);  // an upper bound for all eight
                 }
             }
         }
@@ -134,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
             Best best;
             for (int64_t code = 0; code < params.codebook.codes; ++code) {
                 const double code_norm = view.norm[code];
-                if (code_norm == code_norm) best.consider(device_score(params, row, group, code, code_norm), code);
+                if (code_norm == code_norm)
+                    best.consider(device_score(params, row, group, code, code_norm), code);
             }
             id = best.code;
         }
@@ -144,11 +159,13 @@ __global__ void __launch_bounds__(kThreads, 4) assign_small_dim_kernel(
 
 template <int kWidth>
 void launch(const AssignParams& params, cudaStream_t stream) {
-    const PackedLayout layout = packed_layout(params.codebook.groups, params.codebook.codes, params.codebook.width);
+    const PackedLayout layout =
+        packed_layout(params.codebook.groups, params.codebook.codes, params.codebook.width);
     const int64_t blocks = (params.rows + kThreads - 1) / kThreads;
     const int64_t groups = params.codebook.groups;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups < 65535 ? groups : 65535));
-    assign_small_dim_kernel<kWidth><<<grid, kThreads, 0, stream>>>(params, layout, make_bound(params.codebook.width));
+    assign_small_dim_kernel<kWidth>
+        <<<grid, kThreads, 0, stream>>>(params, layout, make_bound(params.codebook.width));
     cuda_check(cudaGetLastError(), "vq_assign (small width)");
 }
 

@@ -1,5 +1,5 @@
-// AVX2 + FMA: 8 floats a vector; a register tile of 6 rows x 2 vectors uses 12 accumulators, 2 codes and 1 broadcast
-// of the 16 registers. Right because vq_filter.h's band holds every code that can be best.
+// AVX2 + FMA: 8 floats a vector; a register tile of 6 rows x 2 vectors uses 12 accumulators, 2 codes and 1
+// broadcast of the 16 registers. Right because vq_filter.h's band holds every code that can be best.
 
 #include <immintrin.h>
 
@@ -14,13 +14,27 @@ using Vec = __m256;
 constexpr int64_t kWidth = 8;
 constexpr int kRows = 6;
 
-MEDITOK_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
-MEDITOK_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-MEDITOK_INLINE Vec fill(float a) { return _mm256_set1_ps(a); }
-MEDITOK_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-MEDITOK_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-MEDITOK_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-MEDITOK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+MEDITOK_INLINE Vec load(const float* p) {
+    return _mm256_loadu_ps(p);
+}
+MEDITOK_INLINE void store(float* p, Vec v) {
+    _mm256_storeu_ps(p, v);
+}
+MEDITOK_INLINE Vec fill(float a) {
+    return _mm256_set1_ps(a);
+}
+MEDITOK_INLINE Vec add(Vec a, Vec b) {
+    return _mm256_add_ps(a, b);
+}
+MEDITOK_INLINE Vec mul(Vec a, Vec b) {
+    return _mm256_mul_ps(a, b);
+}
+MEDITOK_INLINE Vec max(Vec a, Vec b) {
+    return _mm256_max_ps(a, b);
+}
+MEDITOK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
 MEDITOK_INLINE uint32_t at_least(Vec a, Vec b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
 }
@@ -34,6 +48,8 @@ MEDITOK_INLINE float largest(Vec a) {
 
 }  // namespace
 
-FilterKernel filter_avx2() { return FilterKernel{run_filter, kWidth, kRows}; }
+FilterKernel filter_avx2() {
+    return FilterKernel{run_filter, kWidth, kRows};
+}
 
 }  // namespace meditok

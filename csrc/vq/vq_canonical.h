@@ -1,5 +1,6 @@
-// The canonical score: what every backend's answer is measured by. Compiled for CPU and GPU from this one text; the
-// CPU files that include it are built with -ffp-contract=off, the GPU spells out the rounding of each operation.
+// The canonical score: what every backend's answer is measured by. Compiled for CPU and GPU from this one
+// text; the CPU files that include it are built with -ffp-contract=off, the GPU spells out the rounding of
+// each operation.
 #pragma once
 
 #include <cmath>
@@ -9,15 +10,31 @@
 namespace meditok {
 
 #if defined(__CUDA_ARCH__)
-MEDITOK_HD inline double multiply(double a, double b) { return __dmul_rn(a, b); }
-MEDITOK_HD inline double plus(double a, double b) { return __dadd_rn(a, b); }
-MEDITOK_HD inline double divide(double a, double b) { return __ddiv_rn(a, b); }
-MEDITOK_HD inline double square_root(double a) { return __dsqrt_rn(a); }
+MEDITOK_HD inline double multiply(double a, double b) {
+    return __dmul_rn(a, b);
+}
+MEDITOK_HD inline double plus(double a, double b) {
+    return __dadd_rn(a, b);
+}
+MEDITOK_HD inline double divide(double a, double b) {
+    return __ddiv_rn(a, b);
+}
+MEDITOK_HD inline double square_root(double a) {
+    return __dsqrt_rn(a);
+}
 #else
-MEDITOK_HD inline double multiply(double a, double b) { return a * b; }
-MEDITOK_HD inline double plus(double a, double b) { return a + b; }
-MEDITOK_HD inline double divide(double a, double b) { return a / b; }
-MEDITOK_HD inline double square_root(double a) { return sqrt(a); }
+MEDITOK_HD inline double multiply(double a, double b) {
+    return a * b;
+}
+MEDITOK_HD inline double plus(double a, double b) {
+    return a + b;
+}
+MEDITOK_HD inline double divide(double a, double b) {
+    return a / b;
+}
+MEDITOK_HD inline double square_root(double a) {
+    return sqrt(a);
+}
 #endif
 
 // max(|c|, 1e-12), or NaN for a code with a NaN or infinity.
@@ -37,8 +54,8 @@ MEDITOK_HD inline double canonical_norm(const T* code, int64_t stride, int64_t w
 
 // Larger is better for both metrics: s for cosine, -s for l2. x[i * x_step] is element i of the vector.
 template <class T, class X>
-MEDITOK_HD inline double canonical_score(const X* x, int64_t x_step, const T* code, int64_t stride, int64_t width,
-                                         double norm, Metric metric) {
+MEDITOK_HD inline double canonical_score(const X* x, int64_t x_step, const T* code, int64_t stride,
+                                         int64_t width, double norm, Metric metric) {
     double sum = 0.0;
     if (metric == Metric::kCosine) {
         for (int64_t i = 0; i < width; ++i) {

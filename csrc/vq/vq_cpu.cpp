@@ -1,5 +1,7 @@
-// vq_assign on CPU: which kernel runs (the table below), how rows are cut into blocks, and what happens to the codes a
-// kernel leaves in the band of the best one.
+// vq_assign on CPU: which kernel runs (the table below), how rows are cut into blocks, and what happens to
+// the codes a kernel leaves in the band of the best one.
+
+#include "vq/vq_cpu.h"
 
 #include <cstring>
 #include <memory>
@@ -7,13 +9,12 @@
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/threads.h"
-#include "vq/vq_cpu.h"
 
 namespace meditok {
 
 namespace {
 
-// ---- the dispatch table --------------------------------------------------------------------------------------------
+// ---- the dispatch table -----------------------------------------------------------------------------------
 
 FilterKernel choose_filter() {
     switch (current_isa()) {
@@ -27,11 +28,11 @@ FilterKernel choose_filter() {
     }
 }
 
-// ---- blocks --------------------------------------------------------------------------------------------------------
+// ---- blocks -----------------------------------------------------------------------------------------------
 
-constexpr int64_t kMaxChunks = 32;       // per codebook: a chunk's rescan costs about 1/32 of the row
-constexpr int64_t kLaneFloats = 10240;   // scratch for chunk maxima: 40 KiB
-constexpr int64_t kXFloats = 4096;       // scratch for the rows of a block: 16 KiB
+constexpr int64_t kMaxChunks = 32;      // per codebook: a chunk's rescan costs about 1/32 of the row
+constexpr int64_t kLaneFloats = 10240;  // scratch for chunk maxima: 40 KiB
+constexpr int64_t kXFloats = 4096;      // scratch for the rows of a block: 16 KiB
 constexpr int64_t kMaxBlockRows = 96;
 
 struct Plan {
@@ -53,7 +54,8 @@ Plan make_plan(const AssignParams& params) {
     rows = rows / plan.kernel.row_tile * plan.kernel.row_tile;
     plan.block_rows = rows < plan.kernel.row_tile ? plan.kernel.row_tile : rows;
     plan.blocks = (params.rows + plan.block_rows - 1) / plan.block_rows;
-    const size_t x_bytes = align_up(static_cast<size_t>(plan.block_rows * params.codebook.width) * sizeof(float));
+    const size_t x_bytes =
+        align_up(static_cast<size_t>(plan.block_rows * params.codebook.width) * sizeof(float));
     const size_t lane_bytes =
         align_up(static_cast<size_t>(plan.block_rows * plan.chunks * plan.kernel.width) * sizeof(float));
     const size_t double_bytes = align_up(static_cast<size_t>(params.codebook.width) * sizeof(double));
@@ -106,7 +108,8 @@ struct Block {
 enum class Fate { kFilter, kCanonical, kDone };
 
 // Decides what happens to a row and, for the filter, writes it as float32 with an upper bound of its norm.
-Fate prepare(const AssignParams& params, const PackedView& view, const double* wide, float* x, float* x_norm, int64_t* id) {
+Fate prepare(const AssignParams& params, const PackedView& view, const double* wide, float* x, float* x_norm,
+             int64_t* id) {
     const int64_t width = params.codebook.width;
     double largest = 0.0, sum = 0.0;
     for (int64_t i = 0; i < width; ++i) {
@@ -175,9 +178,20 @@ void assign_block(const AssignParams& params, const Plan& plan, int64_t group, i
     }
     if (slots == 0) return;
 
-    const FilterBlock filter{x,    x_norm,           slots,       width,           view,
-                             plan.layout.tiles,      plan.chunk_tiles, plan.chunks, make_bound(width), params.metric,
-                             lanes, reach,         Block::candidate, &block};
+    const FilterBlock filter{x,
+                             x_norm,
+                             slots,
+                             width,
+                             view,
+                             plan.layout.tiles,
+                             plan.chunk_tiles,
+                             plan.chunks,
+                             make_bound(width),
+                             params.metric,
+                             lanes,
+                             reach,
+                             Block::candidate,
+                             &block};
     plan.kernel.run(filter);
     for (int64_t slot = 0; slot < slots; ++slot) {
         params.ids[block.rows[slot].row * groups + group] = block.rows[slot].best.code;
@@ -191,7 +205,8 @@ void vq_assign_cpu(const AssignParams& params, int threads) {
     PackedHeader header;
     std::memcpy(&header, params.packed, sizeof header);
     require(header.magic == kPackedMagic && header.metric == static_cast<int64_t>(params.metric) &&
-                header.groups == codebook.groups && header.codes == codebook.codes && header.width == codebook.width,
+                header.groups == codebook.groups && header.codes == codebook.codes &&
+                header.width == codebook.width,
             "the packed codebook was made from another codebook or metric; pack it again");
     if (params.rows == 0 || codebook.groups == 0) return;
     if (codebook.codes == 0) {
@@ -201,7 +216,8 @@ void vq_assign_cpu(const AssignParams& params, int threads) {
     Plan plan = make_plan(params);
     const int64_t items = plan.blocks * codebook.groups;
     // Under about 50 microseconds of work, waking threads costs more than it gains.
-    const double work = static_cast<double>(params.rows) * codebook.groups * codebook.codes * (codebook.width + 1);
+    const double work =
+        static_cast<double>(params.rows) * codebook.groups * codebook.codes * (codebook.width + 1);
     const int workers = work < 2e6 ? 1 : participants(items, threads);
     std::unique_ptr<unsigned char[]> scratch(new unsigned char[workers * plan.scratch_bytes + kAlignment]);
     const size_t misalignment = reinterpret_cast<uintptr_t>(scratch.get()) % kAlignment;

@@ -6,15 +6,17 @@
 
 namespace meditok {
 
-// ---- vq_scalar.cpp -------------------------------------------------------------------------------------------------
+// ---- vq_scalar.cpp ----------------------------------------------------------------------------------------
 
 // Canonical score of one code for a vector already widened to float64.
-double score_code(const Codebook& codebook, int64_t group, int64_t code, double norm, Metric metric, const double* x);
+double score_code(const Codebook& codebook, int64_t group, int64_t code, double norm, Metric metric,
+                  const double* x);
 
 // The canonical loop over all codes of a group.
-int64_t assign_row(const Codebook& codebook, int64_t group, const PackedView& view, Metric metric, const double* x);
+int64_t assign_row(const Codebook& codebook, int64_t group, const PackedView& view, Metric metric,
+                   const double* x);
 
-// ---- vq_avx2.cpp, vq_avx512.cpp ------------------------------------------------------------------------------------
+// ---- vq_avx2.cpp, vq_avx512.cpp ---------------------------------------------------------------------------
 
 // A block of rows of one group, ready for the filter.
 struct FilterBlock {
@@ -25,8 +27,8 @@ struct FilterBlock {
     int64_t tiles, chunk_tiles, chunks;  // chunks of chunk_tiles tiles, the last one may be shorter
     Bound bound;
     Metric metric;
-    float* lanes;    // scratch (rows, chunks, kWidth): the largest F of each chunk and lane
-    float* reach;   // scratch (chunks): the largest radius in each chunk
+    float* lanes;  // scratch (rows, chunks, kWidth): the largest F of each chunk and lane
+    float* reach;  // scratch (chunks): the largest radius in each chunk
     // Called for every code in the band, in rising order of codes for each row.
     void (*candidate)(void* context, int64_t row, int64_t code);
     void* context;
@@ -34,8 +36,8 @@ struct FilterBlock {
 
 struct FilterKernel {
     void (*run)(const FilterBlock& block);
-    int64_t width;       // floats in a vector
-    int64_t row_tile;    // rows the register tile holds
+    int64_t width;     // floats in a vector
+    int64_t row_tile;  // rows the register tile holds
 };
 
 FilterKernel filter_avx2();

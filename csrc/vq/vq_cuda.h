@@ -1,5 +1,5 @@
-// Between the CUDA files of this folder. An element is read through its type at run time: once a row in the filter,
-// and in the rare canonical scoring, so one kernel serves all types.
+// Between the CUDA files of this folder. An element is read through its type at run time: once a row in the
+// filter, and in the rare canonical scoring, so one kernel serves all types.
 #pragma once
 
 #include "vq/vq_canonical.h"
@@ -35,8 +35,8 @@ __device__ inline double code_element(const Codebook& codebook, int64_t group, i
 }
 
 // Out of line: rare, and its registers would weigh on the search.
-static __device__ __noinline__ double device_score(const AssignParams& params, int64_t row, int64_t group, int64_t code,
-                                            double norm) {
+static __device__ __noinline__ double device_score(const AssignParams& params, int64_t row, int64_t group,
+                                                   int64_t code, double norm) {
     double sum = 0.0;
     const bool cosine = params.metric == Metric::kCosine;
     for (int64_t i = 0; i < params.codebook.width; ++i) {
@@ -47,8 +47,8 @@ static __device__ __noinline__ double device_score(const AssignParams& params, i
     return cosine ? divide(sum, norm) : -sum;
 }
 
-// One thread's search. `lower` is below the score of the best code so far; a code whose upper bound stays under it is
-// out. A single code in the band is not scored at all: scoring waits for a second one.
+// One thread's search. `lower` is below the score of the best code so far; a code whose upper bound stays
+// under it is out. A single code in the band is not scored at all: scoring waits for a second one.
 struct Search {
     float lower = -INFINITY;
     float upper = -INFINITY;  // upper bound of the code held

@@ -1,5 +1,6 @@
-// vq_lookup on the device: one thread a row for narrow codes, one warp a row for wide ones. For cosine the norm is
-// summed in index order by every lane alike, because the order is part of the answer; the loads are broadcasts.
+// vq_lookup on the device: one thread a row for narrow codes, one warp a row for wide ones. For cosine the
+// norm is summed in index order by every lane alike, because the order is part of the answer; the loads are
+// broadcasts.
 
 #include "common/check.h"
 #include "vq/vq_cuda.h"
@@ -27,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) lookup_kernel(LookupParams params) {
     const int64_t pairs = params.rows * codebook.groups;
     const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / kLanes);
     const int lane = threadIdx.x % kLanes;
-    for (int64_t pair = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes; pair < pairs;
-         pair += step) {
+    for (int64_t pair = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+         pair < pairs; pair += step) {
         const int64_t row = pair / codebook.groups, group = pair % codebook.groups;
         const int64_t id = params.ids[row * params.row_stride + group * params.group_stride];
         const bool inside = id >= 0 && id < codebook.codes;
@@ -55,7 +56,8 @@ template <int kLanes>
 void launch_lookup(const LookupParams& params, cudaStream_t stream) {
     const int64_t per_block = kThreads / kLanes;
     const int64_t blocks = (params.rows * params.codebook.groups + per_block - 1) / per_block;
-    lookup_kernel<kLanes><<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(params);
+    lookup_kernel<kLanes>
+        <<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(params);
     cuda_check(cudaGetLastError(), "vq_lookup");
 }
 

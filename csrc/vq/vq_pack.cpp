@@ -1,5 +1,5 @@
-// Packing a codebook: filter codes in tiles of 32, their bounds, and the canonical norms. One pass over the codebook
-// plus a hash table that finds exact copies, which can never win against the code they copy.
+// Packing a codebook: filter codes in tiles of 32, their bounds, and the canonical norms. One pass over the
+// codebook plus a hash table that finds exact copies, which can never win against the code they copy.
 
 #include <algorithm>
 #include <cstring>
@@ -47,7 +47,8 @@ uint64_t mix(uint64_t hash, double value) {
 }
 
 template <class T>
-void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& layout, int64_t group, unsigned char* packed) {
+void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& layout, int64_t group,
+                unsigned char* packed) {
     const int64_t width = codebook.width;
     const T* codes = static_cast<const T*>(codebook.data) + group * codebook.group_stride;
     auto value = [&](int64_t code, int64_t i) {
@@ -72,7 +73,8 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
             code_bias = -std::numeric_limits<float>::infinity();
             if (code >= codebook.codes) continue;
 
-            const double norm = canonical_norm(codes + code * codebook.code_stride, codebook.column_stride, width);
+            const double norm =
+                canonical_norm(codes + code * codebook.code_stride, codebook.column_stride, width);
             norms[code] = norm;
             if (norm != norm) continue;
             ++info.choosable;
@@ -98,7 +100,8 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
                     ++info.unsafe;
                     continue;
                 }
-                for (int64_t i = 0; i < width; ++i) column[i * kTileCodes] = static_cast<float>(value(code, i) / norm);
+                for (int64_t i = 0; i < width; ++i)
+                    column[i * kTileCodes] = static_cast<float>(value(code, i) / norm);
                 code_bias = 0.0f;
                 code_radius = 1.0f;
             } else {
@@ -106,7 +109,8 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
                     ++info.unsafe;
                     continue;
                 }
-                for (int64_t i = 0; i < width; ++i) column[i * kTileCodes] = static_cast<float>(value(code, i));
+                for (int64_t i = 0; i < width; ++i)
+                    column[i * kTileCodes] = static_cast<float>(value(code, i));
                 code_bias = static_cast<float>(-0.5 * norm * norm);
                 code_radius = static_cast<float>(norm) * kRoundUp;
             }
@@ -125,9 +129,8 @@ void vq_pack_cpu(const Codebook& codebook, Metric metric, unsigned char* packed,
     std::memcpy(packed, &header, sizeof header);
     for_dtype(codebook.type, [&](auto element) {
         using T = decltype(element);
-        parallel_for(codebook.groups, threads, [&](int, int64_t group) {
-            pack_group<T>(codebook, metric, layout, group, packed);
-        });
+        parallel_for(codebook.groups, threads,
+                     [&](int, int64_t group) { pack_group<T>(codebook, metric, layout, group, packed); });
     });
 }
 

@@ -1,5 +1,5 @@
-// Packing on the device: one thread a code, a warp a tile, so that a tile's columns are written 128 bytes at a time.
-// Exact copies of a code are not looked for here; they cost time in the search, not correctness.
+// Packing on the device: one thread a code, a warp a tile, so that a tile's columns are written 128 bytes at
+// a time. Exact copies of a code are not looked for here; they cost time in the search, not correctness.
 
 #include "common/check.h"
 #include "common/warp.cuh"
@@ -85,7 +85,8 @@ void vq_pack_cuda(const Codebook& codebook, Metric metric, unsigned char* packed
     cuda_check(cudaGetLastError(), "vq_pack init");
     if (codebook.groups == 0 || codebook.codes == 0) return;
     const int64_t blocks = (layout.tiles * kTileCodes + kThreads - 1) / kThreads;
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(codebook.groups < 65535 ? codebook.groups : 65535));
+    const dim3 grid(static_cast<unsigned>(blocks),
+                    static_cast<unsigned>(codebook.groups < 65535 ? codebook.groups : 65535));
     pack_kernel<<<grid, kThreads, 0, queue>>>(codebook, metric, layout, packed);
     cuda_check(cudaGetLastError(), "vq_pack");
 }

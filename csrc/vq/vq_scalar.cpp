@@ -1,22 +1,25 @@
-// The canonical loops, as a student would write them: float64 sums in index order, nothing fused. Slow and right;
-// every other path has to give the same ids. Built with -ffp-contract=off.
+// The canonical loops, as a student would write them: float64 sums in index order, nothing fused. Slow and
+// right; every other path has to give the same ids. Built with -ffp-contract=off.
 
 #include "common/threads.h"
 #include "vq/vq_cpu.h"
 
 namespace meditok {
 
-double score_code(const Codebook& codebook, int64_t group, int64_t code, double norm, Metric metric, const double* x) {
+double score_code(const Codebook& codebook, int64_t group, int64_t code, double norm, Metric metric,
+                  const double* x) {
     double score = 0.0;
     for_dtype(codebook.type, [&](auto element) {
         using T = decltype(element);
-        const T* row = static_cast<const T*>(codebook.data) + group * codebook.group_stride + code * codebook.code_stride;
+        const T* row = static_cast<const T*>(codebook.data) + group * codebook.group_stride +
+                       code * codebook.code_stride;
         score = canonical_score(x, 1, row, codebook.column_stride, codebook.width, norm, metric);
     });
     return score;
 }
 
-int64_t assign_row(const Codebook& codebook, int64_t group, const PackedView& view, Metric metric, const double* x) {
+int64_t assign_row(const Codebook& codebook, int64_t group, const PackedView& view, Metric metric,
+                   const double* x) {
     Best best;
     for_dtype(codebook.type, [&](auto element) {
         using T = decltype(element);
@@ -25,7 +28,8 @@ int64_t assign_row(const Codebook& codebook, int64_t group, const PackedView& vi
             const double norm = view.norm[code];
             if (norm != norm) continue;  // NaN: never chosen
             const T* row = codes + code * codebook.code_stride;
-            best.consider(canonical_score(x, 1, row, codebook.column_stride, codebook.width, norm, metric), code);
+            best.consider(canonical_score(x, 1, row, codebook.column_stride, codebook.width, norm, metric),
+                          code);
         }
     });
     return best.code;
@@ -45,8 +49,8 @@ void lookup_rows(const LookupParams& params, int64_t begin, int64_t end) {
                 for (int64_t i = 0; i < width; ++i) from_double(float_from_bits(0x7fc00000u), out[i]);
                 continue;
             }
-            const T* code =
-                static_cast<const T*>(codebook.data) + group * codebook.group_stride + id * codebook.code_stride;
+            const T* code = static_cast<const T*>(codebook.data) + group * codebook.group_stride +
+                            id * codebook.code_stride;
             if (params.metric == Metric::kL2) {
                 for (int64_t i = 0; i < width; ++i) out[i] = code[i * codebook.column_stride];
                 continue;

@@ -1,16 +1,17 @@
-// The float32 filter on vectors; included by one file per instruction set inside an anonymous namespace, after it has
-// defined Vec, kWidth and kRows (see common/simd.h). vq_filter.h says why no best code is lost.
+// The float32 filter on vectors; included by one file per instruction set inside an anonymous namespace,
+// after it has defined Vec, kWidth and kRows (see common/simd.h). vq_filter.h says why no best code is lost.
 //
-// For each chunk of codes and each tile of kRows rows: kRows x 2 vector accumulators start from the bias, the columns
-// of the tile come outermost, and only a running maximum per lane is kept (no index): 2 loads, kRows broadcasts and
-// 2 kRows multiply-adds a column. A chunk of 128 codes x 8 columns is 4 KiB and stays in the first-level cache while
-// the rows of the block pass by. Then, per row: the lower bound L, and a second look at the few chunks that reach it.
+// For each chunk of codes and each tile of kRows rows: kRows x 2 vector accumulators start from the bias, the
+// columns of the tile come outermost, and only a running maximum per lane is kept (no index): 2 loads, kRows
+// broadcasts and 2 kRows multiply-adds a column. A chunk of 128 codes x 8 columns is 4 KiB and stays in the
+// first-level cache while the rows of the block pass by. Then, per row: the lower bound L, and a second look
+// at the few chunks that reach it.
 
 constexpr int64_t kVectorsInTile = kTileCodes / kWidth;
 
 template <int R>
-MEDITOK_INLINE void chunk_maxima(const float* x, int64_t width, const float* tiles, const float* bias, int64_t count,
-                                 float* lanes, int64_t lane_stride) {
+MEDITOK_INLINE void chunk_maxima(const float* x, int64_t width, const float* tiles, const float* bias,
+                                 int64_t count, float* lanes, int64_t lane_stride) {
     Vec best[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) best[r] = fill(-__builtin_inff());
@@ -69,7 +70,8 @@ void rescan(const FilterBlock& block, int64_t row, int64_t chunk, float threshol
     const int64_t first = chunk * block.chunk_tiles;
     const int64_t left = block.tiles - first;
     const int64_t last = first + (left < block.chunk_tiles ? left : block.chunk_tiles);
-    const Vec product = fill(block.bound.product), square = fill(block.bound.square), tiny = fill(block.bound.tiny);
+    const Vec product = fill(block.bound.product), square = fill(block.bound.square),
+              tiny = fill(block.bound.tiny);
     const Vec norm = fill(x_norm), half = fill(0.5f), one = fill(1.0f), limit = fill(threshold);
     for (int64_t tile = first; tile < last; ++tile) {
         for (int64_t part = 0; part < kTileCodes; part += kWidth) {
@@ -103,7 +105,8 @@ void find_candidates(const FilterBlock& block, int64_t row) {
     best -= kSlack * (best < 0 ? -best : best);
     for (int64_t chunk = 0; chunk < block.chunks; ++chunk) {
         const float margin = bound_of(block.bound, block.x_norm[row], block.reach[chunk]);
-        if (at_least(add(load(lanes + chunk * kWidth), fill(margin)), fill(best))) rescan(block, row, chunk, best);
+        if (at_least(add(load(lanes + chunk * kWidth), fill(margin)), fill(best)))
+            rescan(block, row, chunk, best);
     }
 }
 
@@ -111,7 +114,8 @@ void run_filter(const FilterBlock& block) {
     for (int64_t chunk = 0; chunk < block.chunks; ++chunk) {
         chunk_rows(block, chunk);
         float reach = 0.0f;
-        for (int64_t t = chunk * block.chunk_tiles; t < (chunk + 1) * block.chunk_tiles && t < block.tiles; ++t) {
+        for (int64_t t = chunk * block.chunk_tiles; t < (chunk + 1) * block.chunk_tiles && t < block.tiles;
+             ++t) {
             reach = block.view.reach[t] > reach ? block.view.reach[t] : reach;
         }
         block.reach[chunk] = reach;

@@ -30,7 +30,7 @@ from .helpers import (
 )
 
 SOURCES = ("vq_pack.cu", "vq_lookup.cu", "vq_assign_small_dim.cu", "vq_assign_large_dim.cu", "vq_cuda.cpp")
-LAUNCH = re.compile(r"(\w+(?:<\w+>)?)<<<(.+?), (\w+), 0, [^>]+>>>\(\s*(.*?)\);", re.DOTALL)
+LAUNCH = re.compile(r"(\w+(?:<\w+>)?)\s*<<<(.+?), (\w+), 0, [^>]+>>>\(\s*(.*?)\);", re.DOTALL)
 
 
 @pytest.fixture(scope="module")

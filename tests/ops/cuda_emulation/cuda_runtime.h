@@ -1,6 +1,7 @@
-// Just enough of CUDA's language to run the kernels of csrc/ on a CPU: every thread of a block is a fiber, blocks run
-// one after another, barriers and shuffles switch fibers. It proves the logic of a kernel where no GPU is at hand;
-// it says nothing about memory models or speed. test_cuda_source.py turns `kernel<<<...>>>(...)` into emulate(...).
+// Just enough of CUDA's language to run the kernels of csrc/ on a CPU: every thread of a block is a fiber,
+// blocks run one after another, barriers and shuffles switch fibers. It proves the logic of a kernel where no
+// GPU is at hand; it says nothing about memory models or speed. test_cuda_source.py turns
+// `kernel<<<...>>>(...)` into emulate(...).
 #pragma once
 
 #include <math.h>
@@ -30,10 +31,18 @@ struct float4 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) {
+    return "no error";
+}
+inline cudaError_t cudaGetLastError() {
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+    return *device = 0, cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
     return memset(data, value, bytes), cudaSuccess;
 }
@@ -118,7 +127,9 @@ inline void emulate(dim3 grid, dim3 threads, const std::function<void()>& body) 
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::wait(emulation::block->all); }
+inline void __syncthreads() {
+    emulation::wait(emulation::block->all);
+}
 
 inline int __syncthreads_count(int predicate) {
     emulation::Block& block = *emulation::block;
@@ -130,7 +141,9 @@ inline int __syncthreads_count(int predicate) {
     return block.total;
 }
 
-inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) != 0; }
+inline int __syncthreads_or(int predicate) {
+    return __syncthreads_count(predicate) != 0;
+}
 
 inline float __shfl_xor_sync(unsigned, float value, int offset) {
     emulation::Block& block = *emulation::block;
@@ -157,5 +170,9 @@ T atomicMin(T* address, T value) {
     return before;
 }
 
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float __fmaf_rn(float a, float b, float c) {
+    return fmaf(a, b, c);
+}
+inline int __ffs(int bits) {
+    return __builtin_ffs(bits);
+}
