@@ -16,8 +16,8 @@
 // scored again, in float64, in rising order, the first best winning. A slack of 8u|L| absorbs the rounding of
 // L and F + E.
 //
-//   |F - S| <= E(X, R) = (C + 4) (1.01 u (X R + R^2/2) + 2^-53 (X + R)^2 + 2^-140 (1 + X + R)),
-// 1. Vectors or codes outside the ranges below take the canonical loop over all codes instead.
+// Cosine does not depend on the length of x, so x is scaled by a power of two until its largest element lies in
+// [0.5, 1). Vectors or codes outside the ranges below take the canonical loop over all codes instead.
 #pragma once
 
 #include "vq/vq.h"
