@@ -106,6 +106,7 @@ PRESETS = {
         decoder_depths=(2, 1),
         expansion=2,
         embed_dim=0,
+        licence="Apache-2.0",
     ),
 }
 
