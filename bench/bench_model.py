@@ -38,12 +38,24 @@ def main() -> None:
     }
     rows = []
     for (call, batch, stable), (p20, p50, p80) in interleave(modes, options.rounds).items():
-        rows.append({
-            "call": call, "model": options.model, "batch": batch, "stable": stable,
-            "images_per_s": round(batch / p50, 2), "p20_ms": round(p20 * 1e3, 2), "p50_ms": round(p50 * 1e3, 2), "p80_ms": round(p80 * 1e3, 2),
-            "threads": options.threads, "backend": native.backend, "isa": native.isa, "device": processor(),
-            "torch": torch.__version__, "meditok": meditok.__version__, "commit": commit(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "call": call,
+                "model": options.model,
+                "batch": batch,
+                "stable": stable,
+                "images_per_s": round(batch / p50, 2),
+                "p20_ms": round(p20 * 1e3, 2),
+                "p50_ms": round(p50 * 1e3, 2),
+                "p80_ms": round(p80 * 1e3, 2),
+                "threads": options.threads,
+                "backend": native.backend,
+                "isa": native.isa,
+                "device": processor(),
+                "torch": torch.__version__,
+                "commit": commit(),
+            }
+        )
         print(
             f"{call:<11} batch {batch:>2} {'stable' if stable else '':<7}{batch / p50:8.1f} images/s   "
             f"p20 {p20 * 1e3:.1f}  p50 {p50 * 1e3:.1f}  p80 {p80 * 1e3:.1f} ms"

@@ -1,5 +1,4 @@
-// Dispatch, blocks and threads. The table is here and nowhere else; it is asked once a call, not once a
-// block.
+// Dispatch, blocks and threads. The table is here and nowhere else; it is asked once a call, not once a block.
 
 #include "common/isa.h"
 #include "common/threads.h"

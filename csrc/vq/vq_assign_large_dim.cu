@@ -1,11 +1,9 @@
 // vq_assign for any width: a block a row and group, a lane a code.
 //   1. The block reads the row into shared memory as scaled float32 and bounds its norm.
-//   2. Warps share the tiles; a column of a tile is one 128-byte load, the row's element a broadcast. Every
-//      lane keeps
-//      its own search (vq_filter.h).
-//   3. The largest lower bound of all lanes decides who is still in the band; one code left is the answer,
-//      several are
-//      scored in float64 and the best, lowest code wins.
+//   2. Warps share the tiles; a column of a tile is one 128-byte load, the row's element a broadcast. Every lane
+//      keeps its own search (vq_filter.h).
+//   3. The largest lower bound of all lanes decides who is still in the band; one code left is the answer, several
+//      are scored in float64 and the best, lowest code wins.
 // Rows wider than the shared memory, and extreme ones, are scored in float64 throughout.
 
 #include "common/check.h"

@@ -1,14 +1,9 @@
-// vq_assign for widths up to 32: a thread a row, the row in registers, codes passing by through shared
-// memory.
-//   1. Each thread scales and rounds its row to float32 and bounds its norm; NaN, zero and extreme rows leave
-//      here.
-//   2. Stages of 128 codes are copied to shared memory; eight fused multiply-add chains run at a time on
-//      broadcasts.
-//   3. The largest of the eight raises the lower bound of the best score (vq_filter.h); only an octet that
-//      reaches it
-//      is looked at code by code, and only two codes in one band are scored in float64.
-// Traffic: x once, ids once, the packed codebook once a block (from the second-level cache). Bound by
-// multiply-adds.
+// vq_assign for widths up to 32: a thread a row, the row in registers, codes passing by through shared memory.
+//   1. Each thread scales and rounds its row to float32 and bounds its norm; NaN, zero and extreme rows leave here.
+//   2. Stages of 128 codes are copied to shared memory; eight chains of fused multiply-adds run on broadcasts.
+//   3. The largest of the eight raises the lower bound of the best score (vq_filter.h). Only an octet that reaches
+//      it is looked at code by code, and only two codes in one band are scored in float64.
+// Traffic: x once, ids once, the packed codebook once a block (from the second-level cache). Bound by multiply-adds.
 
 #include "common/check.h"
 #include "vq/vq_cuda.h"

@@ -1,5 +1,4 @@
-// vq_assign on a GPU: the choice of the kernel. Small widths keep the row in registers; the rest share it in
-// a block.
+// vq_assign on a GPU: the choice of the kernel. Small widths keep the row in registers; the rest share it in a block.
 
 #include "vq/vq_cuda.h"
 
