@@ -16,6 +16,7 @@ library = torch.library.Library("meditok", "FRAGMENT")
 METRICS = {"cosine": 0, "l2": 1}
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # csrc/common/dtype.h
 FLOAT_NAMES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3}
+INTEGER_NAMES = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32")
 
 
 def kind_of(*arrays: Any) -> str:
@@ -55,6 +56,11 @@ def check_float(name: str, array: Any) -> None:
         raise DtypeError(f"{name} has dtype {array.dtype}; float32, float16, bfloat16 or float64 is needed")
 
 
+def check_integer(name: str, array: Any) -> None:
+    if dtype_name(array) not in INTEGER_NAMES:
+        raise DtypeError(f"{name} have dtype {array.dtype}; an integer type is needed, int64 by custom")
+
+
 def check_rank(name: str, array: Any, axes: str) -> None:
     """axes: the expected shape in words, e.g. "(N, G, C)"."""
     if array.ndim != axes.count(",") + 1:
@@ -70,9 +76,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
 
 def check_ids(ids: Any, codes: int) -> None:
     """Every id in 0..codes - 1, else TokenRangeError with smallest, largest, K, position and codebook."""
-    if not ids.size if isinstance(ids, np.ndarray) else not _values_are_checked(ids):
-        return
-    if 0 in ids.shape:
+    if not _values_are_checked(ids) or 0 in ids.shape:
         return
     low, high = int(ids.min()), int(ids.max())
     if low >= 0 and high < codes:

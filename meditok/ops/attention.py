@@ -37,6 +37,18 @@ def _check_attention(q: Any, k: Any, v: Any, attn_mask: Any, is_causal: bool) ->
         raise DtypeError(
             f"attn_mask has dtype {attn_mask.dtype}; bool (True = attend) or {q.dtype} is needed"
         )
+    scores = (*q.shape[:3], k.shape[2])
+    if attn_mask is not None and not _broadcasts(tuple(attn_mask.shape), scores):
+        raise ShapeError(
+            f"attn_mask has shape {tuple(attn_mask.shape)}; two to four axes that broadcast to {scores}, "
+            "(B, H, N, M), are needed"
+        )
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether `shape` has two axes at least and expands to `target`."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return 2 <= len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in pairs)
 
 
 # ---- schema and kernels ------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from torch import Tensor
 from meditok.errors import DtypeError, ShapeError
 from meditok.ops import reference
 from meditok.ops._library import (
+    check_float,
     check_ids,
+    check_integer,
     check_metric,
     check_rank,
     check_same_device,
@@ -216,11 +218,13 @@ def vq_stats(x: Any, ids: Any, K: int) -> tuple[Any, Any]:
     float32.
 
     x is what the codebook averages (the normalised rows for cosine). Rows with id -1 are left out. Summed in
-    blocks of 4,096 rows in order, so the thread count never matters. Raises ShapeError, TokenRangeError,
-    TypeError.
+    blocks of 4,096 rows in order, so the thread count never matters. Raises ShapeError, DtypeError,
+    TokenRangeError, and TypeError for arrays of different kinds.
     """
     kind = kind_of(x, ids)
     check_rank("x", x, "(N, G, C)")
+    check_float("x", x)
+    check_integer("ids", ids)
     if tuple(ids.shape) != tuple(x.shape[:2]):
         raise ShapeError(
             f"ids have shape {tuple(ids.shape)} and x {tuple(x.shape)}; (N, G) and (N, G, C) are needed"

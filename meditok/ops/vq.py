@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from meditok import native
-from meditok.errors import DtypeError, ShapeError
+from meditok.errors import ShapeError
 from meditok.ops import _native, reference
 from meditok.ops._library import (
     check_float,
     check_ids,
+    check_integer,
     check_metric,
     check_rank,
     check_same_device,
-    dtype_name,
     kind_of,
     library,
 )
@@ -55,8 +55,7 @@ def _check_lookup(ids: Any, codebook: Any, metric: str) -> None:
             f"ids have shape {tuple(ids.shape)} and codebook {tuple(codebook.shape)}; "
             "(N, G) and (G, K, C) must share G"
         )
-    if dtype_name(ids) not in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32"):
-        raise DtypeError(f"ids have dtype {ids.dtype}; an integer type is needed, int64 by custom")
+    check_integer("ids", ids)
 
 
 # ---- schema and kernels ------------------------------------------------------------------------------------

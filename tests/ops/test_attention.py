@@ -69,6 +69,9 @@ def test_wrong_shapes_are_named():
         ops.attention(Q, K.half(), V)
     with pytest.raises(ShapeError, match="is_causal"):
         ops.attention(Q, K, V, torch.ones(7, 5, dtype=torch.bool), is_causal=True)
+    for shape in ((3, 3), (5,), (7, 4), (2, 2, 7, 5), (1, 1, 1, 7, 5)):
+        with pytest.raises(ShapeError, match=r"broadcast to \(2, 3, 7, 5\)"):
+            ops.attention(Q, K, V, torch.ones(shape, dtype=torch.bool))
     with pytest.raises(ShapeError, match=r"\(B, N, 3, H, D\)"):
         ops.attention_qkv(randn(2, 6, 2, 4, 8))
     with pytest.raises(ValueError, match="reduce"):

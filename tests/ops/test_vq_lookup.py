@@ -3,6 +3,7 @@ gather."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +74,8 @@ def test_unchecked_wrong_ids_give_nan_rows(monkeypatch):
     ids = torch.tensor([[0], [10], [-1], [2**40], [-(2**40)]])
     rows = ops.vq_lookup(ids, codebook)
     assert rows[0].isfinite().all() and rows[1:].isnan().all()
+    rows = ops.vq_lookup(ids.numpy(), codebook.numpy())
+    assert np.isfinite(rows[0]).all() and np.isnan(rows[1:]).all()
 
 
 def test_empty_inputs():

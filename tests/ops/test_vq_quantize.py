@@ -123,6 +123,8 @@ def test_statistics_count_and_sum():
     assert torch.equal(again, sums) and counts.dtype == torch.int64 and sums.dtype == torch.float32
     with pytest.raises(TokenRangeError, match="K = 6"):
         ops.vq_stats(x, ids, 6)
+    with pytest.raises(DtypeError, match="ids have dtype"):
+        ops.vq_stats(x, ids.float(), 7)
 
 
 @pytest.mark.parametrize("metric", METRICS)
