@@ -47,10 +47,7 @@ def to_pixels(array, layout: str | None = None, where: str = "array") -> list[to
 
     Raises ShapeError, DtypeError (dtype or range, with the values seen), NonFiniteError (with the count).
     """
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = array.to(torch.float32).numpy() if array.dtype == torch.bfloat16 else array.numpy()
-    array = np.asarray(array)
+    array = as_numpy(array)
     layout = guess_layout(array.shape, layout, where)
     if array.shape[0] == 0:
         return []
@@ -66,11 +63,19 @@ def to_pixels(array, layout: str | None = None, where: str = "array") -> list[to
     return [torch.from_numpy(np.ascontiguousarray(plane)) for plane in planes]
 
 
+def as_numpy(array) -> np.ndarray:
+    """A view of the array where there can be one; bfloat16, which NumPy lacks, becomes float32."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = array.to(torch.float32).numpy() if array.dtype == torch.bfloat16 else array.numpy()
+    return np.asarray(array)
+
+
 def range_of_array(array: np.ndarray, where: str = "array") -> Window:
     """The range an array's dtype stands for; DtypeError or NonFiniteError if it may not be an image."""
     if array.dtype == np.uint8:
         return Window(0.0, 255.0, "full")
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         return Window(0.0, 65535.0, "full")
     if array.dtype.kind != "f":
         seen = f", values {array.min()}..{array.max()}" if array.size and array.dtype.kind in "iub" else ""

@@ -6,12 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from meditok.data.arrays import to_pixels
+from meditok.data.arrays import as_numpy
 from meditok.data.fit import check_multiple, fit, unfit
 from meditok.data.image import Geometry, MedicalImage
 from meditok.data.options import ReadOptions, read_options
+from meditok.data.readers.blob import Blob
+from meditok.data.readers.numpy import ArrayFile
 from meditok.data.reading import frames
 from meditok.errors import ShapeError, UsageError
 
@@ -31,7 +34,7 @@ class Processor:
 
         -> {"pixel_values": float32 (B, 3, S, S) in [-1, 1], "low": float64 (B,), "high": float64 (B,),
         "geometry": list of B Geometry}. A file of several frames gives several rows, fit="tile" several
-        rows a picture. Raises the named errors of the readers and of `to_pixels`.
+        rows a picture. Arrays are read as .npy files are. Raises the named errors of the readers.
         """
         options = read_options(None, modality=modality, window=window, layout=layout)
         return self.collate([piece for image in as_images(images, options) for piece in self.fit(image, fit)])
@@ -91,22 +94,16 @@ def as_images(images, options: ReadOptions) -> list[MedicalImage]:
         raise UsageError(
             f"images of type {type(images).__name__}; give paths, arrays, tensors or MedicalImages"
         )
-    return [array_image(pixels, images, options) for pixels in to_pixels(images, options.layout)]
+    array = _Array(images, options)
+    return [array.image(index) for index in range(array.frames)]
 
 
-def array_image(pixels: torch.Tensor, array, options: ReadOptions) -> MedicalImage:
-    """The MedicalImage of one (3, H, W) tensor that `to_pixels` made from `array`."""
-    low, high, unit = {"uint8": (0.0, 255.0, "display"), "uint16": (0.0, 65535.0, "stored")}.get(
-        str(array.dtype).removeprefix("torch."), (-1.0, 1.0, "")
-    )
-    return MedicalImage(
-        pixels=pixels,
-        low=low,
-        high=high,
-        unit=unit,
-        modality=options.modality or "other",
-        geometry=Geometry(original_shape=tuple(pixels.shape[-2:])),
-        steps=[f"window full {low:g} {high:g}"],
-        window="full",
-        channels=1 if torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2]) else 3,
-    )
+class _Array(ArrayFile):
+    """An array in memory, read under the rules of a .npy file: modality, window and layout count for it too."""
+
+    def __init__(self, array, options: ReadOptions):
+        self._given = as_numpy(array)
+        super().__init__(Blob("array"), options)
+
+    def _mapped(self) -> np.ndarray:
+        return self._given

@@ -51,7 +51,8 @@ def test_dtypes_and_ranges():
     """uint8 and uint16 by their type, floats in [-1, 1]; the rest is refused with the values seen."""
     assert to_pixels(np.array([[0, 255]], np.uint8))[0][0].tolist() == [[-1, 1]]
     assert to_pixels(np.array([[0, 65535]], np.uint16))[0][0].tolist() == [[-1, 1]]
-    for dtype in (np.float16, np.float32, np.float64):
+    assert to_pixels(np.array([[0, 65535]], ">u2"))[0][0].tolist() == [[-1, 1]]
+    for dtype in (np.float16, np.float32, np.float64, ">f4"):
         assert to_pixels(np.array([[-1, 0.5]], dtype))[0][0].tolist() == [[-1, 0.5]]
     assert to_pixels(torch.tensor([[-1, 0.5]], dtype=torch.bfloat16))[0][0].tolist() == [[-1, 0.5]]
     for array, seen in (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meditok.data import Geometry, MedicalImage, Processor, fit, unfit
 from meditok.data.fit import unpadded_mask
-from meditok.errors import ShapeError, UsageError
+from meditok.errors import IntensityError, ShapeError, UsageError
 from tests.readers.bad_pictures import noise, png
 
 
@@ -116,6 +116,28 @@ def test_the_processor_takes_files_arrays_and_pictures_and_undoes_itself(tmp_pat
         processor(3.5)
     with pytest.raises(ShapeError):
         Processor(100)
+
+
+@pytest.mark.parametrize(
+    "array, options",
+    [
+        (np.arange(64, dtype=np.uint16).reshape(8, 8), {"window": "0:4095"}),
+        (np.arange(64, dtype=">u2").reshape(8, 8), {}),
+        (np.arange(64, dtype=np.int16).reshape(8, 8), {"modality": "ct", "window": "lung"}),
+        (np.arange(192, dtype=np.uint8).reshape(3, 8, 8), {"layout": "DHW"}),
+    ],
+)
+def test_an_array_is_read_as_its_npy_file_is(tmp_path, array, options):
+    """Window, modality and layout count for both."""
+    np.save(tmp_path / "a.npy", array)
+    given, read = (Processor(16)(images, **options) for images in (array, tmp_path / "a.npy"))
+    assert torch.equal(given.pop("pixel_values"), read.pop("pixel_values")) and str(given) == str(read)
+
+
+def test_eight_bits_are_no_ct_in_an_array_either():
+    """As in a file: Hounsfield units do not fit into eight bits."""
+    with pytest.raises(IntensityError, match="HU"):
+        Processor(16)(noise(8, 8), modality="ct")
 
 
 def test_the_processor_works_in_dataloader_workers():
