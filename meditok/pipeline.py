@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -234,8 +235,8 @@ def tokenize(
 ) -> Tokens:
     """Tokenise files, folders, manifests, arrays or MedicalImages, one row a picture, all in memory.
 
-    `options` are those of `meditok.read` (modality, window, plane, ...). Arrays follow the rules of
-    `meditok.data.to_pixels`. Errors are those of reading; with on_error="skip" a failing file is left out
+    `options` are those of `meditok.read` (modality, window, plane, ...). Arrays are read as
+    .npy files are. Rows stand in the order of the inputs. Errors are those of reading; with on_error="skip" a failing file is left out
     with a warning.
     """
     import warnings
@@ -339,7 +340,8 @@ def _sources(inputs, options: ReadOptions) -> tuple[list, list[Result]]:
     paths = [isinstance(item, (str, os.PathLike)) for item in items]
     if items and all(paths):
         found = discover([os.fspath(item) for item in items], options)
-        return found.sources, [Result(str(path), str(path), error=error) for path, error in found.failed]
+        failed = [Result(str(path), str(path), error=error) for path, error in found.failed]
+        return _in_given_order(found.sources, items), failed
     if any(paths):
         raise UsageError("tokenize: paths and pictures were mixed; call it once for each")
     given = []
@@ -347,6 +349,17 @@ def _sources(inputs, options: ReadOptions) -> tuple[list, list[Result]]:
         name = f"input-{index:06d}" if several else "input"
         given.append(_Given(name, name, as_images(item, options)))
     return given, []
+
+
+def _in_given_order(sources: list[Source], items: list[str | os.PathLike]) -> list[Source]:
+    """Sources in the order of the inputs they came from, those of one input by name, as they stand."""
+    place = {str(Path(item)): index for index, item in reversed(list(enumerate(items)))}
+
+    def rank(source: Source) -> int:
+        path = Path(source.path)
+        return next((place[str(p)] for p in (path, *path.parents) if str(p) in place), len(items))
+
+    return sorted(sources, key=rank)
 
 
 def _text(value) -> str | None:

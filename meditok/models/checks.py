@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..errors import DtypeError, NonFiniteError, ShapeError, TokenRangeError, TokenShapeError
-from .config import PATCH, TokenizerConfig
+from .config import PATCH
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 
 def as_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -57,20 +61,32 @@ def _check_range(images: torch.Tensor) -> None:
         )
 
 
-def as_ids(tokens: torch.Tensor, config: TokenizerConfig, device: torch.device) -> torch.Tensor:
-    """(B, G, N) int64 on `device`; TokenShapeError or TokenRangeError otherwise."""
-    tokens = getattr(tokens, "ids", tokens)  # a Tokens object brings its ids
+def is_described(tokens: Any) -> bool:
+    """Whether these are Tokens: ids that know their model, grid and the geometry of each row."""
+    from ..tokens import Tokens
+
+    return isinstance(tokens, Tokens)
+
+
+def as_ids(tokens: Any, model: Tokenizer) -> torch.Tensor:
+    """(B, G, N) int64 on the model's device, of a tensor, an array or Tokens.
+
+    TokenShapeError, TokenRangeError; CodebookMismatchError for Tokens made with another codebook.
+    """
+    if is_described(tokens):
+        tokens.info.check_model(model, "tokens")
+        tokens = tokens.ids
     if isinstance(tokens, np.ndarray):
         tokens = torch.from_numpy(
             tokens.astype(np.int64) if tokens.dtype.kind == "u" else np.ascontiguousarray(tokens)
         )
-    groups, codes = config.num_codebooks, config.codebook_size
+    groups, codes = model.config.num_codebooks, model.config.codebook_size
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3 or tokens.shape[1] != groups:
         shape = tuple(getattr(tokens, "shape", ())) or type(tokens).__name__
         raise TokenShapeError(f"tokens: {shape}; expected (B, {groups}, N), one row a codebook")
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TokenRangeError(f"tokens: dtype {tokens.dtype}; ids are integers from 0 to {codes - 1}")
-    tokens = tokens.to(device, torch.int64)
+    tokens = tokens.to(model.device, torch.int64)
     if not torch.compiler.is_compiling() and tokens.numel():
         low, high = (int(v) for v in torch.aminmax(tokens))
         if low < 0 or high >= codes:
@@ -84,11 +100,15 @@ def as_ids(tokens: torch.Tensor, config: TokenizerConfig, device: torch.device) 
 
 def square_grid(positions: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     """The (h, w) of `positions` tokens; TokenShapeError where it is neither given rightly nor a square."""
+    if positions == 0:
+        raise TokenShapeError("tokens: no positions; an image has at least one, (B, G, 0) was given")
     if grid is None:
         side = int(positions**0.5 + 0.5)  # not math.isqrt, which torch.compile cannot trace
         if side * side != positions:
             raise TokenShapeError(f"tokens: {positions} positions are no square; pass grid=(h, w)")
         return side, side
+    if len(grid) != 2 or not all(isinstance(side, (int, np.integer)) and side > 0 for side in grid):
+        raise TokenShapeError(f"tokens: grid {grid}; give two positive integers, (h, w)")
     if grid[0] * grid[1] != positions:
         raise TokenShapeError(
             f"tokens: {positions} positions do not fill grid {grid[0]} x {grid[1]}; give the grid they were made on"

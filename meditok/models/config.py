@@ -45,6 +45,10 @@ class TokenizerConfig:
                 f"model description {self.name}: projection={self.projection!r}, "
                 f"attention={self.attention!r}; expected attention|linear and causal|full"
             )
+        if self.image_size < PATCH or self.image_size % PATCH:
+            raise BadInputError(
+                f"model description {self.name}: image_size {self.image_size} is not a positive multiple of {PATCH}"
+            )
         if self.width % 64:
             raise BadInputError(
                 f"model description {self.name}: width {self.width} is not a multiple of the head width 64"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -24,9 +25,11 @@ from .tokenizer import Tokenizer
 FORMAT = 1
 WEIGHTS_FILE, CONFIG_FILE, PROCESSOR_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit, checked here before anything is allocated
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # org/name, as the Hugging Face hub allows them
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
+@torch.inference_mode(False)  # weights made inside a caller's inference mode could never be trained or hashed
 def build(name: str = "vitamin-large", *, seed: int | None = None, **changes) -> Tokenizer:
     """A preset with random weights, in eval mode on the CPU; `changes` replace fields of its TokenizerConfig.
 
@@ -40,6 +43,7 @@ def build(name: str = "vitamin-large", *, seed: int | None = None, **changes) ->
         return Tokenizer(config).eval()
 
 
+@torch.inference_mode(False)
 def load(
     name: str | os.PathLike = "tiny", *, device: str | torch.device = "auto", precision: str = "fp32"
 ) -> Tokenizer:
@@ -72,12 +76,17 @@ def pick_device(device: str | torch.device) -> torch.device:
     return target
 
 
+@torch.inference_mode(False)
 def from_pretrained(
     name, *, revision: str | None = None, local_files_only: bool = False, device="auto"
 ) -> Tokenizer:
     """See Tokenizer.from_pretrained."""
     if Path(name).exists():
         return load(name, device=device)
+    if not _REPOSITORY.fullmatch(str(name)):
+        raise MissingPartError(
+            f"model {str(name)!r}: no such directory, and no repository's name (org/name) either; correct it"
+        )
     return read_model(_download(str(name), revision, local_files_only)).to(pick_device(device)).eval()
 
 

@@ -15,13 +15,14 @@ from torch import nn
 from ..errors import MissingPartError, UsageError
 from ..nn.blocks import EPS, BottleneckBlock
 from ..nn.quantizer import MultiCodebookQuantizer
-from .checks import as_ids, as_images, square_grid
+from .checks import as_ids, as_images, is_described, square_grid
 from .config import PATCH, TokenizerConfig
 from .precision import precision_scope
 from .vitamin import Decoder, Encoder, init_weights
 
 if TYPE_CHECKING:
     from ..data import MedicalImage, Processor
+    from ..tokens import Tokens
 
 STABLE_CHUNK = {
     "cpu": 1,
@@ -122,13 +123,16 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def detokenize(
-        self, tokens: torch.Tensor, grid: tuple[int, int] | None = None, *, stable: bool = False
+        self, tokens: torch.Tensor | Tokens, grid: tuple[int, int] | None = None, *, stable: bool = False
     ) -> torch.Tensor:
         """Tokens (B, G, N) to images (B, 3, 16h, 16w) float32 in [-1, 1]; grid=(h, w) is needed where N is no square.
 
-        TokenShapeError: another rank, number of codebooks or grid; TokenRangeError: ids outside 0..K-1.
+        TokenShapeError: another rank, number of codebooks or grid; TokenRangeError: ids outside 0..K-1;
+        CodebookMismatchError: Tokens made with another codebook.
         """
-        tokens = as_ids(tokens, self.config, self.device)
+        if grid is None and is_described(tokens):
+            grid = tokens.info.grid
+        tokens = as_ids(tokens, self)
         grid = square_grid(tokens.shape[2], grid)
         return self._in_chunks(
             lambda t: self._decode(self._post(self.quantizer.lookup(t)), grid).clamp(-1, 1), tokens, stable
@@ -136,16 +140,16 @@ class Tokenizer(nn.Module):
 
     def reconstruct(self, images: torch.Tensor, *, stable: bool = False) -> torch.Tensor:
         """detokenize(tokenize(images)), bit for bit; (B, 3, H, W) float32 in [-1, 1]."""
-        grid = images.shape[-2] // PATCH, images.shape[-1] // PATCH
-        return self.detokenize(self.tokenize(images, stable=stable), grid, stable=stable)
+        tokens = self.tokenize(images, stable=stable)
+        return self.detokenize(tokens, (images.shape[2] // PATCH, images.shape[3] // PATCH), stable=stable)
 
     @torch.no_grad()
-    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
+    def lookup(self, tokens: torch.Tensor | Tokens) -> torch.Tensor:
         """Normalised code vectors (B, N, G*C) float32 of tokens (B, G, N); errors as in detokenize."""
-        return self.quantizer.lookup(as_ids(tokens, self.config, self.device))
+        return self.quantizer.lookup(as_ids(tokens, self))
 
     @torch.no_grad()
-    def latents(self, x: torch.Tensor, stage: str = "encoder") -> torch.Tensor:
+    def latents(self, x: torch.Tensor | Tokens, stage: str = "encoder") -> torch.Tensor:
         """Hidden states of images (B, 3, H, W) or tokens (B, G, N).
 
         stage "encoder": (B, N, width), images only; "code": (B, N, G*C), the chosen unit rows; "post": (B, N, width),
@@ -153,12 +157,12 @@ class Tokenizer(nn.Module):
         """
         if stage not in ("encoder", "code", "post"):
             raise UsageError(f"latents: stage {stage!r} is unknown; choose encoder, code or post")
-        if x.ndim == 3:
+        if is_described(x) or getattr(x, "ndim", 4) == 3:
             if stage == "encoder":
                 raise UsageError(
                     "latents: tokens hold no encoder states; give images, or stage 'code' or 'post'"
                 )
-            tokens = as_ids(x, self.config, self.device)
+            tokens = as_ids(x, self)
         elif stage == "encoder":
             return self._encode(as_images(x, self.device))
         else:
@@ -187,20 +191,25 @@ class Tokenizer(nn.Module):
         )
 
     @torch.no_grad()
-    def features(self, images: torch.Tensor | MedicalImage | list[MedicalImage]) -> torch.Tensor:
-        """Mean encoder token (B, width) of images (B, 3, H, W).
+    def features(self, x: torch.Tensor | Tokens | MedicalImage | list[MedicalImage]) -> torch.Tensor:
+        """Mean token (B, width): the encoder's of images (B, 3, H, W), the decoder's input of Tokens.
 
-        MedicalImages are fitted by `processor` first and averaged over the positions that are not padding.
+        Of Tokens and MedicalImages (fitted by `processor` first) only positions that are not padding count.
         """
-        if isinstance(images, torch.Tensor):
-            return self.latents(images, "encoder").mean(1)
         from ..data.fit import unpadded_mask
 
-        batch = self.processor(images)
-        pixels = batch["pixel_values"]
-        masks = [unpadded_mask(geometry, *pixels.shape[-2:], PATCH).flatten() for geometry in batch["geometry"]]
-        weights = torch.stack(masks).to(self.device, torch.float32)  # (B, N)
-        hidden = self.latents(pixels, "encoder")
+        if hasattr(x, "ndim"):
+            return self.latents(x, "encoder").mean(1)
+        if is_described(x):
+            hidden, geometries, (rows, columns) = self.latents(x, "post"), [row.geometry for row in x.rows], x.info.grid
+        else:
+            batch = self.processor(x)
+            hidden, geometries = self.latents(batch["pixel_values"], "encoder"), batch["geometry"]
+            rows, columns = (side // PATCH for side in batch["pixel_values"].shape[-2:])
+        weights = hidden.new_ones(hidden.shape[:2])  # (B, N)
+        for weight, geometry in zip(weights, geometries, strict=True):
+            if geometry is not None:  # generated tokens have no source that could have been padded
+                weight.copy_(unpadded_mask(geometry, rows * PATCH, columns * PATCH, PATCH).flatten())
         return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
 
     def _in_chunks(

@@ -32,6 +32,15 @@ def test_arrays_paths_and_images_give_the_same_ids(model, make, tmp_path):
     assert found[0].shape == (1, 8, 16) and all(torch.equal(ids, found[0]) for ids in found)
 
 
+def test_rows_stand_in_the_order_of_the_paths_given(model, make, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for height, name in ((16, "b.png"), (32, "folder/z.png"), (48, "folder/y.png"), (64, "a.png")):
+        Image.fromarray(make.noise((height, 64))).save(tmp_path / name)
+    given = [str(tmp_path / "b.png"), f"{tmp_path}/folder/", tmp_path / "a.png"]
+    tokens = meditok.tokenize(given, model, size=64)
+    assert [row.geometry.original_shape[0] for row in tokens.rows] == [16, 48, 32, 64]
+
+
 def test_ids_equal_those_of_the_model_on_the_fitted_pixels(model, make):
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     assert torch.equal(meditok.tokenize(pixels, model, size=64).ids, model.tokenize(pixels, stable=True))

@@ -12,6 +12,8 @@ import torch
 import meditok
 from meditok import native
 from meditok.errors import (
+    BadInputError,
+    CodebookMismatchError,
     DtypeError,
     MissingPartError,
     NonFiniteError,
@@ -86,6 +88,35 @@ def test_features_of_a_medical_image_leave_padding_out(model, tmp_path):
     assert torch.allclose(model.features([image]), inside, atol=1e-6)
 
 
+def test_features_of_tokens_average_the_decoders_input_over_unpadded_positions(model):
+    narrow, wide = np.full((64, 16), 200, np.uint8), np.full((64, 64), 90, np.uint8)
+    tokens = meditok.tokenize([narrow, wide], model, size=64)
+    post = model.latents(tokens, "post")
+    assert torch.equal(post, model.latents(tokens.ids, "post"))
+    inside = post[0].unflatten(0, (4, 4))[:, 1:3].flatten(0, 1).mean(0)  # 24 pixels of padding on either side
+    assert torch.allclose(model.features(tokens), torch.stack([inside, post[1].mean(0)]), atol=1e-6)
+    generated = tokens.from_sequence(tokens.to_sequence()[[0]])
+    assert torch.allclose(model.features(generated), post[:1].mean(1), atol=1e-6)
+
+
+def test_tokens_bring_their_grid_and_are_refused_by_another_codebook(model):
+    tokens = meditok.tokenize(np.zeros((64, 64), np.uint8), model, size=64)
+    assert torch.equal(model.detokenize(tokens), model.detokenize(tokens.ids))
+    other = meditok.build("tiny", seed=2)
+    for call in (other.detokenize, other.lookup, other.features, lambda t: other.latents(t, "code")):
+        with pytest.raises(CodebookMismatchError) as caught:
+            call(tokens)
+        assert model.codebook_hash in str(caught.value) and other.codebook_hash in str(caught.value)
+
+
+def test_a_model_made_in_inference_mode_is_an_ordinary_one():
+    with torch.inference_mode():
+        model = meditok.build("tiny", seed=1)
+        tokens, digest = model.tokenize(pictures(1)), model.hash
+    assert torch.equal(model.tokenize(pictures(1)), tokens) and model.hash == digest
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
 def test_parts_that_are_not_there_are_named():
     plain = meditok.build("tiny", seed=0)
     for call in (lambda: plain.embed(pictures(1)), lambda: plain.embed_text(["a chest X-ray"])):
@@ -96,6 +127,10 @@ def test_parts_that_are_not_there_are_named():
         meditok.load("tiny", precision="int8")
     with pytest.raises(UsageError, match="vitamin-large"):
         meditok.build("vitamin-huge")
+    with pytest.raises(BadInputError, match="image_size 250"):
+        meditok.build("tiny", image_size=250)
+    with pytest.raises(MissingPartError, match="no such directory"):
+        meditok.Tokenizer.from_pretrained("/no/such/folder")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +148,10 @@ def test_parts_that_are_not_there_are_named():
         ([[0.0]], DtypeError),
     ],
 )
-def test_images_that_are_not_meant_are_refused_in_one_line(model, bad, error):
+@pytest.mark.parametrize("call", ["tokenize", "reconstruct"])
+def test_images_that_are_not_meant_are_refused_in_one_line(model, call, bad, error):
     with pytest.raises(error) as caught:
-        model.tokenize(bad)
+        getattr(model, call)(bad)
     assert "\n" not in str(caught.value)
 
 
@@ -160,6 +196,7 @@ def test_any_memory_layout_gives_the_same_tokens(model, layout):
         (torch.zeros(8, 16, dtype=torch.int64), TokenShapeError),
         (torch.zeros(1, 7, 16, dtype=torch.int64), TokenShapeError),
         (torch.zeros(1, 8, 17, dtype=torch.int64), TokenShapeError),
+        (torch.zeros(1, 8, 0, dtype=torch.int64), TokenShapeError),
     ],
 )
 def test_bad_tokens_are_refused_and_the_next_call_works(model, bad, error):
@@ -167,6 +204,12 @@ def test_bad_tokens_are_refused_and_the_next_call_works(model, bad, error):
         model.detokenize(bad)
     assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
     assert model.detokenize(torch.zeros(1, 8, 16, dtype=torch.int64)).isfinite().all()
+
+
+@pytest.mark.parametrize("grid", [(-4, -4), (4.0, 4.0), (16,), (4, 2, 2), "44", (0, 0)])
+def test_a_grid_that_is_none_is_refused(model, grid):
+    with pytest.raises(TokenShapeError):
+        model.detokenize(torch.zeros(1, 8, 16, dtype=torch.int64), grid)
 
 
 def test_a_bad_id_is_located(model):
