@@ -34,7 +34,7 @@ def _load() -> tuple[ModuleType | None, str]:
                 "meditok._core is not built (a wheel made with MEDITOK_NATIVE=OFF, or a bare source tree)",
             )
         return None, f"meditok._core does not load: {error}"
-    found = _core.build_info()["interface"]
+    found = getattr(_core, "build_info", dict)().get("interface")
     if found != INTERFACE:
         return (
             None,

@@ -235,9 +235,9 @@ def tokenize(
 ) -> Tokens:
     """Tokenise files, folders, manifests, arrays or MedicalImages, one row a picture, all in memory.
 
-    `options` are those of `meditok.read` (modality, window, plane, ...). Arrays are read as
-    .npy files are. Rows stand in the order of the inputs. Errors are those of reading; with on_error="skip" a failing file is left out
-    with a warning.
+    `options` are those of `meditok.read` (modality, window, plane, ...). Arrays are read as .npy files are.
+    Rows stand in the order of the inputs. Errors are those of reading; with on_error="skip" a failing file
+    is left out with a warning.
     """
     import warnings
 
@@ -335,7 +335,7 @@ def _sources(inputs, options: ReadOptions) -> tuple[list, list[Result]]:
     from .data import discover
     from .data.processor import as_images
 
-    several = isinstance(inputs, (list, tuple))
+    several = isinstance(inputs, (list, tuple, Iterator))
     items = list(inputs) if several else [inputs]
     paths = [isinstance(item, (str, os.PathLike)) for item in items]
     if items and all(paths):

@@ -60,11 +60,12 @@ def test_a_broken_core_falls_back_with_one_warning(without_core):
     assert result.stderr.count("RuntimeWarning") == 1 and "does not load" in result.stderr
 
 
-def test_a_core_of_other_sources_is_not_called(without_core):
-    """Another interface number: the core is left alone."""
-    (without_core / "meditok/_core.py").write_text("def build_info():\n    return {'interface': -1}\n")
+@pytest.mark.parametrize("core, found", [("def build_info(): return {'interface': -1}", "-1"), ("", "None")])
+def test_a_core_of_other_sources_is_not_called(without_core, core, found):
+    """Another interface number, or none at all: the core is left alone."""
+    (without_core / "meditok/_core.py").write_text(core)
     result = run(USE + "native.backend)", without_core)
-    assert result.stdout.split() == ["reference"] and "interface -1" in result.stderr
+    assert result.stdout.split() == ["reference"] and f"interface {found}" in result.stderr
 
 
 def test_native_without_a_core_is_an_import_error(without_core):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ class Processor:
         check_multiple(self.size, self.size, self.multiple, "size")
 
     def __call__(self, images, modality=None, window="auto", fit="pad", layout=None) -> dict:
-        """A batch from paths, arrays, tensors, MedicalImages or a list of any of them.
+        """A batch from paths, arrays, tensors, MedicalImages, or a list or iterator of any of them.
 
         -> {"pixel_values": float32 (B, 3, S, S) in [-1, 1], "low": float64 (B,), "high": float64 (B,),
         "geometry": list of B Geometry}. A file of several frames gives several rows, fit="tile" several
@@ -59,7 +59,10 @@ class Processor:
     def post_process(
         self, pixel_values: torch.Tensor, batch: dict | Sequence[Geometry]
     ) -> list[torch.Tensor]:
-        """Undo the fitting: (B, 3, S, S) -> a list of float32 (3, H, W) at native size, still in [-1, 1]."""
+        """Undo the fitting: (B, 3, S, S) -> a list of float32 (3, H, W) at native size, still in [-1, 1].
+
+        Tiles come back one by one. ShapeError: another number of pictures than of geometries.
+        """
         geometries = batch["geometry"] if isinstance(batch, dict) else list(batch)
         if len(geometries) != len(pixel_values):
             raise ShapeError(
@@ -88,7 +91,7 @@ def as_images(images, options: ReadOptions) -> list[MedicalImage]:
         return list(frames(images, options=options))
     if isinstance(images, MedicalImage):
         return [images]
-    if isinstance(images, (list, tuple)) and not (images and isinstance(images[0], (int, float))):
+    if isinstance(images, (list, tuple, Iterator)):
         return [found for image in images for found in as_images(image, options)]
     if not hasattr(images, "shape") and not hasattr(images, "__array_interface__"):
         raise UsageError(

@@ -41,6 +41,12 @@ def test_rows_stand_in_the_order_of_the_paths_given(model, make, tmp_path):
     assert [row.geometry.original_shape[0] for row in tokens.rows] == [16, 48, 32, 64]
 
 
+def test_the_slices_of_a_volume_can_be_passed_on_as_they_are_read(model, make, tmp_path):
+    make.ct_series(tmp_path / "ct", make.noise((40, 30, 2), 1000, dtype=np.int16))
+    found = meditok.tokenize(meditok.frames(tmp_path / "ct"), model, size=64)
+    assert torch.equal(found.ids, meditok.tokenize(tmp_path / "ct", model, size=64).ids)
+
+
 def test_ids_equal_those_of_the_model_on_the_fitted_pixels(model, make):
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     assert torch.equal(meditok.tokenize(pixels, model, size=64).ids, model.tokenize(pixels, stable=True))
