@@ -39,7 +39,9 @@ class MultiCodebookQuantizer(nn.Module):
         # Row length does not reach the output (rows are normalised at use) but sets the size of a training step.
         self.codebook = nn.Parameter(torch.empty(shape).uniform_(-1, 1) / (36 * code_dim**0.5))
         self.register_buffer("usage", torch.zeros(num_codebooks, codebook_size))
-        self._calls = 0  # training passes the running usage has seen
+        # Training passes the running usage has seen: a tensor, since a number would make torch.compile start over
+        # at every step.
+        self.register_buffer("_calls", torch.zeros((), dtype=torch.int64), persistent=False)
         self._packed = None, None  # (what it was packed from, PackedCodebook)
 
     def packed(self):
@@ -79,9 +81,11 @@ class MultiCodebookQuantizer(nn.Module):
     @torch.no_grad()
     def _update_usage(self, share: torch.Tensor) -> None:
         """Running share per code: copied at first, then averaged at 0.9 for 99 passes and at 0.99 from there on."""
-        decay = 0.0 if self._calls == 0 else 0.9 if self._calls < 100 else 0.99
-        self.usage.mul_(decay).add_(share, alpha=1 - decay)
-        self._calls += 1
+        first, early = self._calls == 0, self._calls < 100
+        kept = torch.where(first, 0.0, torch.where(early, 0.9, 0.99))
+        added = torch.where(first, 1.0, torch.where(early, 0.1, 0.01))
+        self.usage.mul_(kept).add_(share * added)
+        self._calls.add_(1)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         codebook = self.codebook if keep_vars else self.codebook.detach()
@@ -109,4 +113,4 @@ class MultiCodebookQuantizer(nn.Module):
         }
         unexpected += [key for key in state_dict if key.startswith(prefix) and key not in known]
         # The published format does not store the pass count: a file with usage statistics continues as a long run.
-        self._calls = 100 if self.usage.any() else 0
+        self._calls.fill_(100 if self.usage.any() else 0)

@@ -296,6 +296,22 @@ def test_encode_decode_and_a_training_step_compile_without_a_graph_break():
     assert torch.allclose(compiled, model.encoder.norm.weight.grad, atol=1e-6)
 
 
+def test_neither_another_batch_size_nor_another_step_compiles_anew():
+    model, compiled = meditok.build("tiny", seed=1, width=64, encoder_depth=1, decoder_depth=1).train(), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda images: model(images).vq_loss, fullgraph=True, backend=backend)
+    tokenize = torch.compile(model.tokenize, fullgraph=True, backend=backend)
+    for call in (step, tokenize):
+        compiled.clear()
+        for batch in (2, 3, 4, 5, 5, 6, 7, 8, 9, 10):
+            call(pictures(batch, 32, 32))
+        assert len(compiled) <= 2, "one graph for the first batch size and one for any"
+
+
 def test_import_loads_neither_readers_nor_parquet_nor_the_command_line():
     code = (
         "import sys, meditok; meditok.Tokenizer; meditok.ops; "
