@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 @contextlib.contextmanager
@@ -21,14 +23,41 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600; an ordinary file follows the umask
-        os.replace(temporary, path)
+        with open(temporary, "rb") as file:
+            _try_lock(file)  # until the rename, see remove_leftovers
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600; an ordinary file follows the umask
+            if os.name != "nt":
+                os.replace(temporary, path)
+        if os.name == "nt":  # where an open file cannot be renamed
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove the temporary files of `path` that killed processes left; those still being written stay."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+            if _try_lock(file):
+                leftover.unlink()
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed; False where another process holds it, and always on Windows."""
+    if os.name == "nt":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

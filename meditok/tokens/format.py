@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .._lazy import require
-from ..atomic import atomic_path
+from ..atomic import atomic_path, remove_leftovers
 from ..errors import BadInputError, TokenShapeError
 from .schema import Description, TokenInfo, arrow_schema, check_range, from_batch, id_dtype, ids_of, to_batch
 
@@ -34,6 +34,7 @@ class TokenWriter:
         self._rows: list[Description] = []
         self._closed = False
         self._stack = contextlib.ExitStack()
+        remove_leftovers(self.path)
         temporary = self._stack.enter_context(atomic_path(self.path))
         self._writer = pq.ParquetWriter(temporary, self.schema, use_dictionary=True, compression="zstd")
 

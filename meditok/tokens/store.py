@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from .format import TokenReader, TokenWriter
 from .schema import FORMAT, Description, TokenInfo
 
 STORE, FAILURES = "store.json", "failures.jsonl"
+LEFTOVERS = ("part-*.parquet", FAILURES, ".part-*.tmp", f".{STORE}.*.tmp", f".{FAILURES}.*.tmp")
 SHARD_SIZE = 8192  # rows a part, unless asked otherwise
 
 
@@ -52,9 +54,9 @@ class StoreWriter:
         self._filled = 0
         self._closed = False
         self.out.mkdir(parents=True, exist_ok=True)
-        leftovers = [*self.out.glob("part-*.parquet"), *self.out.glob(".part-*.tmp"), self.out / FAILURES]
-        for path in leftovers:  # of an earlier or interrupted run, see `plan_output`
-            path.unlink(missing_ok=True)
+        for pattern in LEFTOVERS:  # of an earlier or interrupted run, see `plan_output`
+            for path in self.out.glob(pattern):
+                path.unlink(missing_ok=True)
         self._write_index(complete=False)
 
     @property
@@ -91,10 +93,15 @@ class StoreWriter:
         self._closed = True
 
     def abort(self) -> None:
-        """Drop the part in work; finished parts stay, in a store marked incomplete."""
+        """Drop the part in work; finished parts stay, in a store marked incomplete. None: no store stays."""
         if self._part is not None:
             self._part.abort()
             self._part = None
+        if not self.parts:
+            for name in (STORE, FAILURES):
+                (self.out / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # was there before, with other things in it
+                self.out.rmdir()
 
     def _write_index(self, *, complete: bool, settings: str = "") -> None:
         index = {"format": FORMAT, "complete": complete, "settings": settings}

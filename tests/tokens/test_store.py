@@ -43,6 +43,12 @@ def test_an_unfinished_store_is_refused_until_it_is_finished(make_tokens, tmp_pa
     assert len(list((tmp_path / "s").glob("part-*"))) == 1
 
 
+def test_a_store_that_got_no_part_leaves_nothing(make_tokens, tmp_path):
+    with pytest.raises(KeyboardInterrupt), StoreWriter(tmp_path / "s", make_tokens(1).info):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_same_work_is_done_once_and_other_work_is_refused(make_tokens, tmp_path):
     write(tmp_path / "s", make_tokens(3), "first")
     assert plan_output(tmp_path / "s", "first", overwrite=False) == 0
