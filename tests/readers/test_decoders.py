@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 from pydicom.pixels import get_decoder
 
@@ -196,7 +197,16 @@ def test_colour_bars_come_back_as_rgb_whichever_decoder_is_present(tmp_path, mon
         0 if kind in ("RGB", "RGB planar", "PALETTE COLOR", "J2K YBR_RCT") else 3 if encoded is None else 12
     )
     assert np.abs(middles - BARS.astype(int)).max() <= loss, middles
-    assert image.channels == 3
+    assert (image.channels, image.low, image.high, image.unit) == (3, 0.0, 255.0, "display")
+
+
+def test_colour_of_sixteen_bits_is_in_display_units_too(tmp_path):
+    """0..255 as displayed, without rounding to 8 bits."""
+    image = read(FILES / "SC_rgb_rle_16bit.dcm", include_secondary=True)
+    stored = pydicom.dcmread(FILES / "SC_rgb_rle_16bit.dcm").pixel_array
+    assert (image.low, image.high, image.unit) == (0.0, 255.0, "display")
+    expected = torch.from_numpy(stored.astype(np.float64) / 65535 * 2 - 1).permute(2, 0, 1)
+    assert torch.allclose(image.pixels.double(), expected, atol=1e-6)
 
 
 def test_a_cine_gives_every_frame_in_order():

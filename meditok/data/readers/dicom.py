@@ -64,12 +64,11 @@ class DicomFile:
         stored, steps = self.pixels.frame(frame)
         header = self.header
         if stored.ndim == 3:
-            top = (
-                255.0
-                if stored.dtype.itemsize == 1
-                else 2.0 ** (header.stored_bits if header.samples == 3 else 16) - 1
-            )
-            return RealValues(stored, None, 0.0, top, "display" if top == 255 else "stored", False, steps, [])
+            if stored.dtype.itemsize > 1:
+                bits = header.stored_bits
+                stored = stored.astype(np.float64) * (255 / (2.0**bits - 1))
+                steps.append(f"colour of {bits} bits scaled to 0 255")
+            return RealValues(stored, None, 0.0, 255.0, "display", False, steps, [])
         found = real_values(header, frame, stored)
         found.steps[:0] = steps
         if self.ct:

@@ -247,13 +247,15 @@ class PixelReader:
 
         try:
             with quiet():
-                return np.asarray(apply_color_lut(values, self.header.dataset))
+                colours = np.asarray(apply_color_lut(values, self.header.dataset))
         except PARSER_ERRORS as error:
             raise self.header.mismatch(
                 "do not hold a usable palette",
                 "RedPaletteColorLookupTableDescriptor",
                 "RedPaletteColorLookupTableData",
             ) from error
+        # Entries span their whole range (PS3.3 C.7.6.3.1.6); a display shows the high byte of 16 bits.
+        return colours if colours.dtype == np.uint8 else (colours >> 8).astype(np.uint8)
 
 
 def _plugin_rank(name: str) -> int:

@@ -6,6 +6,7 @@ median spacing), so that a missing slice leaves a slot empty, and one affine hol
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -155,12 +156,17 @@ def _arrange_group(members: list[Slice]) -> tuple[list[Slot], list[str]]:
         )
     slots = []
     for repetition, layer in enumerate(layers):
-        placed, notes = _volume(
-            layer, [heights[id(item)] for item in layer], f"{'|'.join(map(str, first.key))}|{repetition}"
-        )
+        key = _volume_key(first, repetition)
+        placed, notes = _volume(layer, [heights[id(item)] for item in layer], key)
         slots += placed
         warnings += notes if repetition == 0 else []
     return slots, warnings
+
+
+def _volume_key(first: Slice, repetition: int) -> str:
+    """Name of a volume: its series, and a digest of what tells it from others of that series."""
+    digest = hashlib.sha256(repr((first.key[1:], repetition)).encode()).hexdigest()
+    return f"{first.series}-{digest[:8]}"
 
 
 def _volume(layer: list[Slice], heights: list[float], key: str) -> tuple[list[Slot], list[str]]:
