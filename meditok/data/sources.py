@@ -81,8 +81,9 @@ class Source:
             except MeditokError as error:
                 yield Row(name, path, None, error, columns)
                 continue
-            if image.volume and not self.slices:
-                image.volume = self.name + image.volume.removeprefix(self.blobs[0].name)
+            given = path if self.slices else self.blobs[0].name
+            if image.volume.startswith(given):  # named after its file, which outputs know by another name
+                image.volume = name.rpartition("#")[0] + image.volume.removeprefix(given)
             yield Row(name, path, image, None, columns)
 
     def _chosen(self, reader) -> range | list[int]:
@@ -179,7 +180,7 @@ def discover(inputs: Sequence[str | os.PathLike], options: ReadOptions | None = 
         _sort_out(file, options, discovery, dicom)
     _series(dicom, discovery, options)
     discovery.sources.sort(key=lambda source: source.name)
-    _check_ct_window(discovery, options)
+    _check_ct_window(discovery, options, named=len(found) == 1 and found[0].named)
     return discovery
 
 
@@ -196,6 +197,8 @@ def _expand(item: str, discovery: Discovery, found: list[_Found]) -> None:
                     discovery.ignored.append(
                         (path, "labels of this folder" if name == manifest.LABEL_FILE else "hidden file")
                     )
+                elif os.path.exists(path) and not os.path.isfile(path):
+                    discovery.ignored.append((path, "a pipe or device"))  # opening a pipe would wait for ever
                 elif file.lower().endswith(".tar"):
                     _expand_tar(path, name, discovery, found)
                 else:
@@ -348,7 +351,7 @@ def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, optio
             )
 
 
-def _check_ct_window(discovery: Discovery, options: ReadOptions) -> None:
+def _check_ct_window(discovery: Discovery, options: ReadOptions, *, named: bool) -> None:
     """A CT window touches only CT: none at all is a usage error, one named non-CT file a bad input."""
     request = parse_window(options.window)
     if request.kind != "named" or not discovery.sources:
@@ -357,10 +360,10 @@ def _check_ct_window(discovery: Discovery, options: ReadOptions) -> None:
         for source in discovery.sources:
             source.options = replace(source.options, mixed=True)
         return
-    if len(discovery.sources) == 1 and not discovery.ignored and not discovery.failed:
+    if named:
         source = discovery.sources.pop()
-        what = f"window {request.name!r} is in Hounsfield units and this is not CT"
-        message = f"{source.path}: {what}; use auto or LOW:HIGH"
+        what = f"window {request.name!r} is in Hounsfield units and this is not stated to be CT"
+        message = f"{source.path}: {what}; pass --modality ct if it is, else use auto or LOW:HIGH"
         discovery.failed.append((source.path, IntensityError(message)))
         return
     raise UsageError(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,13 @@ def test_a_mixed_folder_is_sorted_out_completely(tmp_path):
     assert names(found) == ["broken.png#0", "s.dcm#0", "v.nii.gz#0", "v.nii.gz#1", "v.nii.gz#2", "x/a.png#0"]
     assert [row.name for row in rows if row.error] == ["broken.png#0"] and not found.failed
     assert len(found.ignored) == 4 and all(reason for _, reason in found.ignored)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_a_folder_is_ignored_and_never_opened(tmp_path):
+    """Opening one would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    assert discover([tmp_path]).ignored == [(str(tmp_path / "pipe.png"), "a pipe or device")]
 
 
 def test_names_are_relative_to_their_input_and_equal_ones_are_an_error(tmp_path):
@@ -131,6 +139,11 @@ def test_ct_windows_touch_ct_rows_only(tmp_path):
         discover([tmp_path], ReadOptions(window="lung"))
     single = discover([tmp_path / "a.png"], ReadOptions(window="lung"))
     assert isinstance(single.failed[0][1], IntensityError) and not single.sources
+    (tmp_path / "folder").mkdir()
+    png(tmp_path / "folder" / "of_one.png", noise(8, 8))
+    with pytest.raises(UsageError, match="for CT"):
+        discover([tmp_path / "folder"], ReadOptions(window="lung"))
+    (tmp_path / "folder" / "of_one.png").unlink()
     dicom.write(tmp_path / "c.dcm", dicom.dataset(noise(8, 8, dtype=np.uint16), "CT"))
     windows = {
         row.name: row.image.window
