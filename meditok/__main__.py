@@ -1,10 +1,11 @@
-"""`python -m meditok` is `meditok doctor`; with a command's name it is that command."""
+"""`python -m meditok` is `meditok doctor`, and takes its options; with anything else it is `meditok`."""
 
 import sys
 
-from .cli import COMMANDS, run
+from .cli import run
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    named = bool(arguments) and arguments[0] in COMMANDS
-    sys.exit(run(arguments if named else ["doctor", *arguments]))
+    if not arguments or arguments[0] in ("--json", "--log-json", "--quiet", "--debug"):
+        arguments = ["doctor", *arguments]
+    sys.exit(run(arguments))

@@ -63,6 +63,9 @@ def group() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line (without the program's name) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file name need not be text, and is told all the same
+            stream.reconfigure(errors="backslashreplace")
     return run_guarded(lambda: group.main(args=arguments, prog_name="meditok", standalone_mode=False))
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -17,14 +17,31 @@ if TYPE_CHECKING:
     from ..data import MedicalImage
     from ..models.tokenizer import Tokenizer
 
-# (label, modality where the file does not state it, package, path inside it); nothing is downloaded.
+
+class Scan(NamedTuple):
+    """A picture that ships with an installed package; nothing is downloaded."""
+
+    label: str
+    package: str
+    inside: str  # path in the package
+    options: dict = {}  # what the file does not state, as `meditok.read` takes it
+    pictures: int = 1  # that the file holds
+    seen_by: tuple[str, ...] = ()  # bundled models that were trained on it
+
+
 SCANS = (
-    ("CT, spine", None, "pydicom", "data/test_files/CT_small.dcm"),
-    ("CT, head", None, "pydicom", "data/test_files/J2K_pixelrep_mismatch.dcm"),
-    ("MRI", None, "pydicom", "data/test_files/examples_overlay.dcm"),
-    ("Ultrasound", None, "pydicom", "data/test_files/examples_rgb_color.dcm"),
-    ("Histology, IHC", "histology", "skimage", "data/ihc.png"),
-    ("Fundus", "fundus", "skimage", "data/retina.jpg"),
+    Scan("CT, spine", "pydicom", "data/test_files/CT_small.dcm"),
+    Scan("CT, head", "pydicom", "data/test_files/J2K_pixelrep_mismatch.dcm"),
+    Scan(
+        "MRI, head",
+        "nibabel",
+        "tests/data/example4d.nii.gz",
+        {"modality": "mr", "time_index": 0, "frame": 12},
+        pictures=48,
+    ),
+    Scan("Ultrasound", "pydicom", "data/test_files/examples_rgb_color.dcm"),
+    Scan("Histology, IHC", "skimage", "data/ihc.png", {"modality": "histology"}),
+    Scan("Fundus", "skimage", "data/retina.jpg", {"modality": "fundus"}, seen_by=("tiny",)),
 )
 
 
@@ -37,16 +54,17 @@ class Shown:
     decoded: MedicalImage
     psnr: float  # dB, at native size, over the window
     ssim: float
-    source_bytes: int  # of the file
+    source_bytes: int  # of the file, shared among the pictures it holds
     token_bytes: int  # of the ids, tightly packed
     grid: tuple[int, int, int]  # rows, columns, codebooks
+    seen: bool  # the model was trained on this very picture
 
     def line(self) -> str:
         size = f"{self.original.height}x{self.original.width}"
         return (
             f"{self.label:<15} {size:>9}  PSNR {self.psnr:5.2f} dB  SSIM {self.ssim:.3f}  {self.token_bytes} "
-            f"bytes of tokens for a file of {self.source_bytes} ({self.source_bytes / self.token_bytes:.0f}x "
-            "fewer)"
+            f"bytes of tokens for {self.source_bytes} of file ({self.source_bytes / self.token_bytes:.0f}x fewer)"
+            + (", seen in training" if self.seen else "")
         )
 
 
@@ -60,12 +78,13 @@ class Shown:
 @opt.speaking
 def command(out: str, model: str, device: str, precision: str, json_out: str | None) -> int:
     from ..errors import UsageError
-    from .jobs import load_model
+    from .jobs import load_model, outputs_of
     from .sheet import draw_sheet
 
     folder = Path(out)
     if folder.is_file():
         raise UsageError(f"{out}: a file of that name is in the way; name a folder")
+    outputs_of(out, json_out)
     loaded = load_model(model, device, precision)
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
@@ -91,6 +110,7 @@ def command(out: str, model: str, device: str, precision: str, json_out: str | N
                 "ssim": s.ssim,
                 "token_bytes": s.token_bytes,
                 "source_bytes": s.source_bytes,
+                "seen_in_training": s.seen,
             }
             for s in shown
         ],
@@ -98,28 +118,30 @@ def command(out: str, model: str, device: str, precision: str, json_out: str | N
     return 0
 
 
-def scans() -> Iterator[tuple[str, Path, MedicalImage]]:
-    """(label, file, picture) of the scans that are here. MissingPartError where none is."""
+def scans() -> Iterator[tuple[Scan, Path, MedicalImage]]:
+    """The scans that are here, each with its file and picture. MissingPartError where none is."""
     from ..data import read
     from ..errors import MissingPartError
 
     found = 0
-    for label, modality, package, inside in SCANS:
-        spec = importlib.util.find_spec(package)
-        path = Path(spec.submodule_search_locations[0]) / inside if spec else None
+    for scan in SCANS:
+        spec = importlib.util.find_spec(scan.package)
+        path = Path(spec.submodule_search_locations[0]) / scan.inside if spec else None
         if path is None or not path.is_file():
-            console.warning(f"{label} is left out: the installed {package} does not hold {inside}")
+            console.warning(
+                f"{scan.label} is left out: the installed {scan.package} does not hold {scan.inside}"
+            )
             continue
         try:
-            image = read(path, **({"modality": modality} if modality else {}))
+            image = read(path, **scan.options)
         except MissingPartError as error:
-            console.warning(f"{label} is left out: {error}")
+            console.warning(f"{scan.label} is left out: {error}")
             continue
         found += 1
-        yield label, path, image
+        yield scan, path, image
     if not found:
         raise MissingPartError(
-            "demo: no scan found; the pictures come with pydicom and scikit-image, pip install them"
+            "demo: no scan found; the pictures come with pydicom, nibabel and scikit-image, pip install them"
         )
 
 
@@ -137,25 +159,26 @@ def run_demo(model: Tokenizer, tokens: Path) -> Iterator[Shown]:
     namer = Namer(b"", keep_names=True)  # public pictures: no key is made on this machine
     originals = []
     with TokenWriter(tokens, info) as writer:
-        for label, path, image in scans():
+        for scan, path, image in scans():
             fitted = fit(image, size, "pad", multiple=PATCH)[0]
             ids = model.tokenize(fitted.pixels[None], stable=True).cpu().numpy()
             writer.write(ids, [describe(fitted, f"{path.name}#0", namer)])
-            originals.append((label, path, image))
+            originals.append((scan, path, image))
     bits = (info.codebook_size - 1).bit_length() * info.num_codebooks * info.positions
     with TokenReader([tokens]) as reader:
         decoded = restore(reader.batches(1), info, reader.descriptions(), model, str(tokens))
-        for (label, path, image), picture in zip(originals, decoded, strict=True):
+        for (scan, path, image), picture in zip(originals, decoded, strict=True):
             psnr, ssim = compare(image, picture.image)
             yield Shown(
-                label,
+                scan.label,
                 image,
                 picture.image,
                 psnr,
                 ssim,
-                path.stat().st_size,
+                path.stat().st_size // scan.pictures,
                 -(-bits // 8),
                 (*info.grid, info.num_codebooks),
+                model.config.name in scan.seen_by,
             )
 
 

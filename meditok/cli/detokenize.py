@@ -38,11 +38,12 @@ def command(
     json_out: str | None,
 ) -> int:
     from ..errors import UsageError
-    from .jobs import load_model
+    from .jobs import load_model, outputs_of
 
     real, source = Path(os.path.realpath(out)), Path(os.path.realpath(tokens))
-    if real == source:
-        raise UsageError(f"{out}: is the input; choose another output folder")
+    for given in outputs_of(out, json_out):
+        if source in (path := Path(os.path.realpath(given)), *path.parents):
+            raise UsageError(f"{given}: is the input, or in it; choose another output")
     if real.is_file():
         raise UsageError(f"{out}: a file of that name is in the way; name a folder")
     if batch_size < 1:

@@ -17,12 +17,12 @@ from .console import console, write_json
 def command(inputs: tuple[str, ...], json_out: str | None, keep_names: bool, on_error: str, **options) -> int:
     from ..tokens.keys import Namer
     from . import scan
-    from .jobs import find_inputs
+    from .jobs import find_inputs, outputs_of
 
     reading, _, _ = opt.sort(options)
     namer = Namer(keep_names=keep_names)
     console.use_names(namer.digest)
-    found = find_inputs(inputs, reading)
+    found = find_inputs(inputs, reading, outputs_of(None, json_out))
     records = scan.scan(found)
     if json_out != "-":
         _print_table(records)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import BadInputError, MeditokError, MissingPartError, UsageError
 from ..pipeline import PATCH, Result, Settings, encode, fingerprint
-from ..tokens.schema import Description, TokenInfo
+from ..tokens.schema import Description, TokenInfo, check_extra
 from .console import console
 
 if TYPE_CHECKING:
@@ -59,6 +59,18 @@ class Tally:
         )
 
 
+def outputs_of(out: str | None, json_out: str | None) -> list[str]:
+    """The files and folders a run writes. UsageError: one cannot be written, or the report is the result."""
+    written = [name for name in (out, json_out) if name not in (None, "-")]
+    for name in written:
+        folder = next(path for path in Path(os.path.abspath(name)).parents if path.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UsageError(f"{name}: {folder} is no folder that can be written to; choose another output")
+    if len({os.path.realpath(name) for name in written}) < len(written):
+        raise UsageError(f"--json {json_out}: is the output as well; choose another name for the report")
+    return written
+
+
 def find_inputs(inputs: Sequence[str], options: ReadOptions, outputs: Sequence[str] = ()) -> Discovery:
     """Walk the inputs and tell what the walk noticed. UsageError: an output is an input, or names collide."""
     from ..data import discover
@@ -74,6 +86,7 @@ def find_inputs(inputs: Sequence[str], options: ReadOptions, outputs: Sequence[s
 def guard_outputs(inputs: Sequence[str], found: Discovery, outputs: Sequence[str]) -> None:
     """UsageError where an output is, or holds, a file that is read; files of earlier outputs do not count."""
     read = [blob.path for source in found.sources for blob in source.blobs]
+    read += [path for path, _ in found.failed]
     for given in outputs:
         out = Path(os.path.realpath(given))
         inside = [path for path in read if _within(path, out)] + [
@@ -109,10 +122,19 @@ def load_model(name: str, device: str, precision: str) -> Tokenizer:
         raise MissingPartError(f"{error}; use --backend auto") from None
 
 
+def check_names(found: Discovery) -> None:
+    """UsageError for a name that a token file cannot hold as text; for --keep-names."""
+    for source in found.sources:
+        for name in (source.name, *source.names.values()):
+            if any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise UsageError(f"{name}: the name is not UTF-8; rename the file, or leave --keep-names out")
+
+
 def check_columns(found: Discovery, wanted: Sequence[str]) -> None:
-    """UsageError for a column to copy that no manifest has."""
+    """UsageError for a column to copy that no manifest has, or whose name the token file needs."""
     if not wanted:
         return
+    check_extra(wanted)
     known = {name for source in found.sources for name in source.columns}
     known |= {name for source in found.sources for row in source.row_columns.values() for name in row}
     missing = [name for name in wanted if name not in known]
@@ -181,6 +203,8 @@ def start(
     console.use_names(namer.digest)
     found = find_inputs(inputs, reading, outputs)
     check_columns(found, settings.columns)
+    if settings.keep_names:
+        check_names(found)
     model = load_model(options["model"], options["device"], options["precision"])
     return Job(found, reading, settings, model, namer, options["on_error"])
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import click
 
+from ..errors import UsageError
 from .console import console
 
 
@@ -25,6 +26,12 @@ def _speak(name: str) -> Callable:
         setattr(console, name, value)
 
     return callback
+
+
+def _report(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    if value not in (None, "-") and (os.path.isdir(value) or not os.path.isdir(os.path.dirname(value) or ".")):
+        raise UsageError(f"--json {value}: not a file name in a folder that is there; correct the path")
+    return value
 
 
 def _backend(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
@@ -149,7 +156,13 @@ planning = click.option(
 )
 
 speaking = _together(
-    click.option("--json", "json_out", metavar="FILE", help="Write a report as JSON (- for stdout)."),
+    click.option(
+        "--json",
+        "json_out",
+        metavar="FILE",
+        callback=_report,
+        help="Write a report as JSON (- for stdout).",
+    ),
     click.option(
         "--log-json",
         is_flag=True,

@@ -42,7 +42,7 @@ def command(inputs: tuple[str, ...], out: str | None, json_out: str | None, dry_
     if out is not None and os.path.isfile(out):
         raise UsageError(f"{out}: a file of that name is in the way; name a folder")
     reading, settings, options = opt.sort(options)
-    job = jobs.start(inputs, reading, settings, options, outputs=[out] if out else [])
+    job = jobs.start(inputs, reading, settings, options, outputs=jobs.outputs_of(out, json_out))
     if dry_run:
         return rehearse(job, json_out)
     # Through a real token file, so that the result is that of the two commands, and memory stays bounded.

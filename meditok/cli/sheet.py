@@ -50,7 +50,8 @@ def draw_sheet(shown: list[Shown], model: str, path: Path) -> None:
         draw.text((x, y), f"PSNR {item.psnr:.1f} dB   SSIM {item.ssim:.3f}", INK, _font(16))
         draw.text(
             (x, y + 24),
-            f"{_kilo(item.source_bytes)} file, {_kilo(item.token_bytes)} of tokens",
+            f"{_kilo(item.source_bytes)} file, {_kilo(item.token_bytes)} of tokens"
+            + (", seen in training" if item.seen else ""),
             FAINT,
             _font(14),
         )

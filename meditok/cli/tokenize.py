@@ -40,7 +40,7 @@ def command(inputs: tuple[str, ...], out: str | None, json_out: str | None, dry_
     if out == json_out == "-":
         raise UsageError("tokenize: -o - and --json - both want stdout; give one of them a file")
     reading, settings, options = opt.sort(options)
-    job = jobs.start(inputs, reading, settings, options, outputs=[out] if out not in (None, "-") else [])
+    job = jobs.start(inputs, reading, settings, options, outputs=jobs.outputs_of(out, json_out))
     if out is None:
         return rehearse(job, json_out)
     if out != "-":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import BadInputError, CodebookMismatchError, TokenRangeError, TokenShapeError
+from ..errors import BadInputError, CodebookMismatchError, TokenRangeError, TokenShapeError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -222,14 +223,7 @@ def arrow_schema(info: TokenInfo, extra: tuple[str, ...] = ()) -> pa.Schema:
         ("geometry", geometry),
         ("steps", pa.list_(pa.string())),
     ]
-    taken = {f.name if isinstance(f, pa.Field) else f[0] for f in fields}
-    for name in extra:
-        if name in taken:
-            raise BadInputError(
-                f"manifest column {name!r}: the token file has a column of that name; rename it or leave it "
-                "out of --columns"
-            )
-        taken.add(name)
+    check_extra(extra)
     return pa.schema(fields + [(name, pa.string()) for name in extra], metadata=info.to_metadata())
 
 
@@ -256,6 +250,18 @@ def _cell(row: Description, name: str):
 
 
 _FIELDS = {f.name for f in dataclasses.fields(Description)} - {"extra"}
+
+
+def check_extra(names: Sequence[str]) -> None:
+    """UsageError for a copied column that has the name of another column of the token file."""
+    taken = _FIELDS | {"tokens"}
+    for name in names:
+        if name in taken:
+            raise UsageError(
+                f"manifest column {name!r}: the token file has a column of that name; rename it or leave it "
+                "out of --columns"
+            )
+        taken.add(name)
 
 
 def from_batch(batch: pa.RecordBatch, where: str) -> list[Description]:

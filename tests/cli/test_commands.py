@@ -1,6 +1,8 @@
 """inspect, dry runs, doctor, demo, convert, and the command line as a whole."""
 
 import json
+import os
+import sys
 import zlib
 
 import numpy as np
@@ -136,6 +138,13 @@ def test_python_m_meditok_is_doctor(process):
     assert done.returncode == 0 and json.loads(done.stdout)["backend"] == "reference"
 
 
+def test_python_m_meditok_knows_the_options_of_meditok(process):
+    done = process("--version")
+    assert done.returncode == 0 and b"research use" in done.stdout
+    done = process("unknown")
+    assert done.returncode == 2 and b"unknown" in done.stderr
+
+
 def test_a_forced_backend_that_is_missing_is_exit_4(process, pictures, model_dir, tmp_path):
     done = process(
         "tokenize", pictures, "-o", tmp_path / "t.parquet", "--model", model_dir, "--backend", "triton"
@@ -160,6 +169,50 @@ def test_the_demo_writes_two_files_and_prints_a_line_a_modality(cli, tmp_path, m
     assert len(out.splitlines()) >= 4
     sheet = Image.open(tmp_path / "meditok-demo" / "side-by-side.png")
     assert sheet.width > 1000 and sheet.height > 600
+
+
+def test_the_demo_marks_a_scan_that_the_bundled_model_was_trained_on(cli, tmp_path):
+    code, out, _ = cli("demo", "-o", tmp_path / "demo")
+    assert [line.split()[0] for line in out.splitlines() if "seen in training" in line] == ["Fundus"]
+
+
+def test_a_report_never_replaces_an_input_or_the_output(cli, pictures, tmp_path):
+    picture, out = pictures / "photo.jpg", tmp_path / "t.parquet"
+    before = picture.read_bytes()
+    for command in (
+        ["inspect", picture],
+        ["tokenize", picture, "-o", out],
+        ["tokenize", pictures, "--dry-run"],
+        ["reconstruct", picture, "-o", tmp_path / "r"],
+    ):
+        assert cli(*command, "--json", picture)[0] == 2
+        assert picture.read_bytes() == before and not out.exists()
+    assert cli("tokenize", picture, "-o", out, "--json", out)[0] == 2
+    assert cli("tokenize", picture, "-o", out)[0] == 0
+    before = out.read_bytes()
+    assert cli("detokenize", out, "-o", tmp_path / "d", "--json", out)[0] == 2
+    assert out.read_bytes() == before and not (tmp_path / "d").exists()
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(cli, pictures, tmp_path):
+    out = tmp_path / "t.parquet"
+    for report in (tmp_path / "none" / "r.json", tmp_path):
+        code, _, err = cli("tokenize", pictures, "-o", out, "--json", report)
+        assert (code, err.count("\n")) == (2, 1) and not out.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_an_output_below_a_file_is_a_usage_error_in_a_dry_run_too(cli, pictures, more):
+    code, _, err = cli("tokenize", pictures / "sub", "-o", pictures / "photo.jpg" / "t.parquet", *more)
+    assert (code, err.count("\n")) == (2, 1) and "photo.jpg" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text here")
+def test_a_name_that_is_not_text_can_be_hashed_but_not_kept(cli, pictures, tmp_path):
+    (pictures / "photo.jpg").rename(os.fsdecode(os.fsencode(pictures) + b"/\xff.jpg"))
+    assert cli("inspect", pictures)[0] == 0
+    assert cli("tokenize", pictures, "-o", tmp_path / "hash.parquet")[0] == 0
+    assert cli("tokenize", pictures, "-o", tmp_path / "name.parquet", "--keep-names")[0] == 2
 
 
 def test_a_published_checkpoint_is_converted_and_a_hostile_one_is_not(cli, tmp_path):

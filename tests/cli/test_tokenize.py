@@ -205,6 +205,15 @@ def test_manifest_columns_are_copied_only_when_asked_for(cli, pictures, tmp_path
     assert code == 2 and "labl" in err and "caption, label, path" in err
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_column_whose_name_is_taken_is_a_usage_error_in_a_dry_run_too(cli, pictures, tmp_path, more):
+    (tmp_path / "list.csv").write_text("path,modality\nin/photo.jpg,us\n")
+    out = tmp_path / "t.parquet"
+    for columns in ("modality", "path,path"):
+        code, _, err = cli("tokenize", tmp_path / "list.csv", "-o", out, "--columns", columns, *more)
+        assert (code, err.count("\n")) == (2, 1) and "has a column of that name" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

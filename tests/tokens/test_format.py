@@ -14,6 +14,7 @@ from meditok.errors import (
     MeditokError,
     TokenRangeError,
     TokenShapeError,
+    UsageError,
 )
 from meditok.tokens import TokenInfo, Tokens
 from meditok.tokens.format import TokenReader, TokenWriter
@@ -230,7 +231,7 @@ def test_a_missing_file_says_so(tmp_path):
 
 
 def test_a_manifest_column_may_not_take_the_name_of_ours(make_tokens, tmp_path):
-    with pytest.raises(BadInputError, match="modality"):
+    with pytest.raises(UsageError, match="modality"):
         make_tokens(modality="x").save(tmp_path / "t.parquet")
     assert list(tmp_path.iterdir()) == []
 
