@@ -283,6 +283,16 @@ def failure_records(tally: Tally, namer: Namer, *, names: bool = False) -> list[
     return records
 
 
+def finished_report(out: Path, job: Job, failed: int) -> dict:
+    """The JSON report of a run that found its work done before, `failed` files of it listed as failures."""
+    from ..tokens.store import open_tokens
+
+    files = sum(len(source.names) or 1 for source in job.found.sources) + len(job.found.failed)
+    with open_tokens(out) as reader:
+        tally = Tally(files - failed, failed, len(job.found.ignored), len(reader))
+    return tally.counts() | job.info.to_metadata() | {"nothing_to_do": True}
+
+
 def report_of(tally: Tally, job: Job, json_out: str | None) -> dict:
     """The JSON report of a run; names only on stdout or with --keep-names."""
     failures = failure_records(tally, job.namer, names=json_out == "-")

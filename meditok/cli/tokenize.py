@@ -64,6 +64,7 @@ def _tokenize(job, out: Path, options: dict, json_out: str | None, *, dry_run: b
     earlier = store.plan_output(out, digest, overwrite=options["overwrite"])
     if earlier is not None:
         console.info(f"{out}: nothing to do, made of the same inputs and options before", private=True)
+        write_json(json_out, jobs.finished_report(out, job, earlier))
         return jobs.SOME_FAILED if earlier else 0
     if dry_run:
         return rehearse(job, json_out)

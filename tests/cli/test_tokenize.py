@@ -5,6 +5,7 @@ import hmac
 import io
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -75,6 +76,17 @@ def test_the_same_work_is_not_done_twice_and_other_work_needs_overwrite(cli, pic
     assert cli("tokenize", pictures, "-o", out)[0] == 2
     assert cli("tokenize", pictures, "-o", out, "--overwrite")[0] == 0
     assert cli("tokenize", pictures, "-o", out)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "store"])
+def test_a_second_run_reports_the_counts_of_the_first(cli, make, pictures, tmp_path, name):
+    make.ct_series(pictures / "ct", make.noise((32, 32, 3), 500, dtype=np.int16))
+    (pictures / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    arguments = ["tokenize", pictures, "-o", tmp_path / name, "--on-error", "skip", "--json", "-"]
+    (first, before, _), (second, after, _) = cli(*arguments), cli(*arguments)
+    before, after = json.loads(before), json.loads(after)
+    assert first == second == 6 and after["nothing_to_do"]
+    assert all(after[key] == before[key] for key in ("found", "ok", "failed", "ignored", "rows", "model_hash"))
 
 
 def test_a_folder_output_holds_parts_an_index_and_failures(cli, pictures, tmp_path):
