@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -40,3 +42,10 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted(__all__)
+
+
+# A backend or instruction set asked for is an error at import where it cannot be had. The command line ("-m" while
+# `python -m meditok` starts) is left out: it says so in one line of its own, and `meditok doctor` answers regardless.
+_command_line = os.path.basename(sys.argv[0] if sys.argv else "") in ("-m", "meditok", "meditok.exe")
+if not _command_line and (os.environ.get("MEDITOK_BACKEND") or os.environ.get("MEDITOK_ISA")):
+    importlib.import_module(".native", __name__)

@@ -68,9 +68,10 @@ def test_a_core_of_other_sources_is_not_called(without_core, core, found):
     assert result.stdout.split() == ["reference"] and f"interface {found}" in result.stderr
 
 
-def test_native_without_a_core_is_an_import_error(without_core):
+@pytest.mark.parametrize("statement", ["import meditok", "import meditok.ops"])
+def test_native_without_a_core_is_an_import_error(without_core, statement):
     """MEDITOK_BACKEND=native never falls back."""
-    result = run("import meditok.ops", without_core, MEDITOK_BACKEND="native")
+    result = run(statement, without_core, MEDITOK_BACKEND="native")
     assert result.returncode != 0 and "ImportError: MEDITOK_BACKEND=native" in result.stderr
 
 
