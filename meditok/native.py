@@ -52,9 +52,7 @@ def _choose() -> tuple[ModuleType | None, str, str, str | None]:
     if level and level not in LEVELS:
         raise ImportError(f"MEDITOK_ISA={level} is not one of {', '.join(LEVELS)}")
     if wish == "triton":
-        raise ImportError(
-            "MEDITOK_BACKEND=triton: this version has no Triton kernels; use native or reference"
-        )
+        raise ImportError("MEDITOK_BACKEND=triton: this version has no Triton kernels; use native or reference")
     core, why = _load()
     if wish == "native" and core is None:
         raise ImportError(f"MEDITOK_BACKEND=native, but {why}")

@@ -60,9 +60,7 @@ class Settings:
         named = {k: v for k, v in values.items() if v is not None}
         for name, value in PRESETS.get(preset, {}).items():
             if named.setdefault(name, value) != value:
-                raise UsageError(
-                    f"preset {preset} means {name}={value}, but {name}={named[name]} was asked for"
-                )
+                raise UsageError(f"preset {preset} means {name}={value}, but {name}={named[name]} was asked for")
         return cls(**named)
 
     def size_for(self, model: Tokenizer) -> int:
@@ -131,9 +129,7 @@ def encode(sources: Iterable[Source], model: Tokenizer, settings: Settings, name
         if not item.name:
             for name, path in _files(item.source):
                 if name not in results:
-                    yield Result(
-                        name, path, error=BadInputError(f"{path}: holds no picture of the --frame asked for")
-                    )
+                    yield Result(name, path, error=BadInputError(f"{path}: holds no picture of the --frame asked for"))
             yield from (result for result in results.values() if result.error is None)
             results = {}
             continue
@@ -267,9 +263,7 @@ def tokenize(
         ids += result.ids
         rows += result.rows
     if not rows:
-        raise BadInputError(
-            f"{inputs if isinstance(inputs, (str, os.PathLike)) else 'inputs'}: no picture was found"
-        )
+        raise BadInputError(f"{inputs if isinstance(inputs, (str, os.PathLike)) else 'inputs'}: no picture was found")
     side = settings.size_for(model) // PATCH
     info = TokenInfo.of(model, (side, side), stable=stable)
     return Tokens(np.stack(ids), rows, info)
@@ -291,9 +285,7 @@ def detokenize(
 
     model = as_model(model, device, precision)
     if isinstance(tokens, Tokens):
-        return [
-            picture.image for picture in restore(_batches(tokens), tokens.info, tokens.rows, model, "tokens")
-        ]
+        return [picture.image for picture in restore(_batches(tokens), tokens.info, tokens.rows, model, "tokens")]
     with open_tokens(tokens) as reader:
         pictures = restore(reader.batches(BATCH_SIZE), reader.info, reader.descriptions(), model, str(tokens))
         return [picture.image for picture in pictures]
@@ -304,9 +296,7 @@ def _batches(tokens: Tokens):
         yield tokens.codes[start : start + BATCH_SIZE], tokens.rows[start : start + BATCH_SIZE]
 
 
-def as_model(
-    model: str | os.PathLike | Tokenizer, device: str = "auto", precision: str = "fp32"
-) -> Tokenizer:
+def as_model(model: str | os.PathLike | Tokenizer, device: str = "auto", precision: str = "fp32") -> Tokenizer:
     """The model itself, or the one loaded under that name."""
     if isinstance(model, (str, os.PathLike)):
         from .models.files import load

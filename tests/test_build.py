@@ -83,9 +83,7 @@ def test_the_module_exports_its_init_function_only(module):
     """Hidden visibility: no symbol of ours can be taken for another library's."""
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed (Debian package binutils)")
-    text = subprocess.run(
-        ["nm", "-D", "--defined-only", module], capture_output=True, text=True, check=True
-    ).stdout
+    text = subprocess.run(["nm", "-D", "--defined-only", module], capture_output=True, text=True, check=True).stdout
     ours = [line.split()[-1] for line in text.splitlines() if "meditok" in line or "PyInit" in line]
     assert ours == ["PyInit__core"], ours
 

@@ -15,18 +15,13 @@ import meditok
 from meditok import native, ops
 
 PACKAGE = Path(meditok.__file__).resolve().parent
-USE = (
-    "import torch; from meditok import native, ops; "
-    "ops.vq_assign(torch.zeros(1, 1, 2), torch.ones(1, 3, 2)); print("
-)
+USE = "import torch; from meditok import native, ops; ops.vq_assign(torch.zeros(1, 1, 2), torch.ones(1, 3, 2)); print("
 
 
 def run(code: str, path: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith("MEDITOK_")}
     env |= {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=120
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=120)
 
 
 @pytest.fixture

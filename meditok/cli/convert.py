@@ -10,8 +10,7 @@ from .options import speaking
 
 @click.command(
     "convert",
-    help="Turn a published checkpoint (.pth) into safetensors. The only command that "
-    "unpickles, and only tensors.",
+    help="Turn a published checkpoint (.pth) into safetensors. The only command that unpickles, and only tensors.",
 )
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())

@@ -128,9 +128,7 @@ def scans() -> Iterator[tuple[Scan, Path, MedicalImage]]:
         spec = importlib.util.find_spec(scan.package)
         path = Path(spec.submodule_search_locations[0]) / scan.inside if spec else None
         if path is None or not path.is_file():
-            console.warning(
-                f"{scan.label} is left out: the installed {scan.package} does not hold {scan.inside}"
-            )
+            console.warning(f"{scan.label} is left out: the installed {scan.package} does not hold {scan.inside}")
             continue
         try:
             image = read(path, **scan.options)

@@ -13,8 +13,7 @@ from .console import console, write_json
 
 @click.command(
     "detokenize",
-    help="Turn a token file or store back into PNG pictures and NIfTI volumes. "
-    "Needs only that file and the model.",
+    help="Turn a token file or store back into PNG pictures and NIfTI volumes. Needs only that file and the model.",
 )
 @click.argument("tokens", metavar="TOKENS", type=click.Path())
 @click.option("-o", "--output", "out", metavar="DIR", required=True, help="Folder to write to.")
@@ -49,9 +48,7 @@ def command(
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: give at least 1")
     loaded = load_model(model, device, precision)
-    counts = decode_file(
-        tokens, out, loaded, fmt, values, batch_size=batch_size, overwrite=overwrite, dry_run=dry_run
-    )
+    counts = decode_file(tokens, out, loaded, fmt, values, batch_size=batch_size, overwrite=overwrite, dry_run=dry_run)
     write_json(json_out, counts)
     return 0
 
@@ -86,9 +83,7 @@ def decode_file(
             console.info(f"{len(reader)} rows would be written as {layout.volumes()} volumes and pictures")
             return {"rows": len(reader), "volumes": layout.volumes()}
         with console.progress("decoding", len(reader)) as advance:
-            for picture in restore(
-                reader.batches(batch_size), reader.info, reader.descriptions(), model, str(tokens)
-            ):
+            for picture in restore(reader.batches(batch_size), reader.info, reader.descriptions(), model, str(tokens)):
                 writer.write(picture)
                 advance(1)
         counts = {"rows": len(reader), "pictures": writer.pictures, "volumes": writer.volumes}

@@ -89,9 +89,7 @@ def guard_outputs(inputs: Sequence[str], found: Discovery, outputs: Sequence[str
     read += [path for path, _ in found.failed]
     for given in outputs:
         out = Path(os.path.realpath(given))
-        inside = [path for path in read if _within(path, out)] + [
-            p for p in inputs if Path(os.path.realpath(p)) == out
-        ]
+        inside = [path for path in read if _within(path, out)] + [p for p in inputs if Path(os.path.realpath(p)) == out]
         if inside:
             raise UsageError(f"{given}: is an input, or holds one ({inside[0]}); choose another output")
         found.ignored[:] = [(path, reason) for path, reason in found.ignored if not _within(path, out)]
@@ -258,9 +256,7 @@ def conclude(tally: Tally) -> None:
         return
     if tally.failed:
         raise BadInputError(f"all {tally.failed} files failed; the first: {tally.failures[0][1]}")
-    raise BadInputError(
-        f"no images found ({tally.ignored} files ignored); give files or folders that hold some"
-    )
+    raise BadInputError(f"no images found ({tally.ignored} files ignored); give files or folders that hold some")
 
 
 def exit_code(tally: Tally) -> int:

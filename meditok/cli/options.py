@@ -74,9 +74,7 @@ reading = _together(
     click.option("--frame", type=int, help="Only this frame or slice, counted from 0."),
     click.option("--time-index", type=int, help="Which time point of a 4-D volume."),
     click.option("--include-secondary", is_flag=True, help="Also take secondary captures and localisers."),
-    click.option(
-        "--assume-syntax", metavar="UID", help="Transfer syntax of DICOM files that do not state it."
-    ),
+    click.option("--assume-syntax", metavar="UID", help="Transfer syntax of DICOM files that do not state it."),
     click.option("--assume-affine", is_flag=True, help="Accept NIfTI files without orientation."),
 )
 
@@ -87,9 +85,7 @@ fitting = _together(
         help="How pictures become squares.  [default: pad]",
     ),
     click.option("--size", type=int, help="Pixels a side, a multiple of 16.  [default: the model's]"),
-    click.option(
-        "--preset", type=click.Choice(["published"]), help="Fit as the published batch script does."
-    ),
+    click.option("--preset", type=click.Choice(["published"]), help="Fit as the published batch script does."),
 )
 
 modelling = _together(
@@ -137,9 +133,7 @@ exporting = _together(
 )
 
 naming = _together(
-    click.option(
-        "--columns", default="", metavar="A,B", help="Manifest columns to copy (they may hold PHI)."
-    ),
+    click.option("--columns", default="", metavar="A,B", help="Manifest columns to copy (they may hold PHI)."),
     click.option("--keep-names", is_flag=True, help="Write names and paths instead of keyed hashes."),
 )
 
@@ -151,9 +145,7 @@ failing = click.option(
     help="Stop at the first failing input, or list it and go on.",
 )
 overwriting = click.option("--overwrite", is_flag=True, help="Replace an output that is there.")
-planning = click.option(
-    "--dry-run", is_flag=True, help="Read everything, write nothing, say what would fail."
-)
+planning = click.option("--dry-run", is_flag=True, help="Read everything, write nothing, say what would fail.")
 
 speaking = _together(
     click.option(

@@ -105,7 +105,5 @@ def report(found: Discovery, records: list[dict], namer: Namer, json_out: str | 
             shown.pop("error")
             shown["warnings"] = len(record["warnings"])
         files.append(shown)
-    ignored = [
-        {"path": path, "reason": reason} if told else {"reason": reason} for path, reason in found.ignored
-    ]
+    ignored = [{"path": path, "reason": reason} if told else {"reason": reason} for path, reason in found.ignored]
     return counts(found, records) | {"files": files, "ignored_files": ignored}

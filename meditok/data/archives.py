@@ -43,9 +43,7 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
                     failed.append(
                         (
                             label,
-                            UnsafeFileError(
-                                f"{label}: {reason}; it was not read; make the tar again without it"
-                            ),
+                            UnsafeFileError(f"{label}: {reason}; it was not read; make the tar again without it"),
                         )
                     )
                     continue
@@ -75,9 +73,7 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
         failed.append(
             (
                 path,
-                CorruptImageError(
-                    f"{path}: the tar is cut or damaged after {len(seen)} members; get it again"
-                ),
+                CorruptImageError(f"{path}: the tar is cut or damaged after {len(seen)} members; get it again"),
             )
         )
     good = []

@@ -32,8 +32,7 @@ def guess_layout(shape: tuple[int, ...], layout: str | None, where: str = "array
         last, first = shape[-1] in (3, 4), shape[-3] == 3
         if last and first:
             raise ShapeError(
-                f"{where}: shape {tuple(shape)} could have its channels first or last; pass "
-                "layout='HWC' or 'CHW'"
+                f"{where}: shape {tuple(shape)} could have its channels first or last; pass layout='HWC' or 'CHW'"
             )
         if last or first:
             return ("B" if len(shape) == 4 else "") + ("HWC" if last else "CHW")
@@ -83,9 +82,7 @@ def range_of_array(array: np.ndarray, where: str = "array") -> Window:
     if array.size:
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
-            raise NonFiniteError(
-                f"{where}: {bad} of {array.size} values are NaN or infinite; replace them first"
-            )
+            raise NonFiniteError(f"{where}: {bad} of {array.size} values are NaN or infinite; replace them first")
         low, high = float(array.min()), float(array.max())
         if low < -1 or high > 1:
             raise DtypeError(
@@ -108,8 +105,6 @@ def flatten_alpha(planes: np.ndarray, where: str) -> np.ndarray:
     if alpha.min() >= 1:
         return planes[:, :3]
     if alpha.max() <= 0:
-        raise IntensityError(
-            f"{where}: alpha is 0 everywhere, so nothing shows; drop the alpha channel first"
-        )
+        raise IntensityError(f"{where}: alpha is 0 everywhere, so nothing shows; drop the alpha channel first")
     warnings.warn(f"{where}: partly transparent, laid over black", stacklevel=3)
     return (planes[:, :3] + 1) * alpha - 1

@@ -50,9 +50,7 @@ def fit(image: MedicalImage, size: int = 256, mode: str = "pad", multiple: int =
     return [replace(image, pixels=_pad(pixels, pad), geometry=geometry, steps=[*image.steps, step])]
 
 
-def unfit(
-    pixels: torch.Tensor, geometry: Geometry, native_size: tuple[int, int] | None = None
-) -> torch.Tensor:
+def unfit(pixels: torch.Tensor, geometry: Geometry, native_size: tuple[int, int] | None = None) -> torch.Tensor:
     """Undo `fit`: (3, h, w) -> (3, H, W) float32 at native size; what a crop removed comes back as -1.
 
     `native_size` is that of the picture given to `fit` (of the tile for "tile"); without it the size follows
@@ -90,9 +88,7 @@ def _resize(pixels: torch.Tensor, rows: int, columns: int, grey: bool) -> torch.
     if tuple(pixels.shape[-2:]) == (rows, columns):
         return pixels
     planes = pixels[:1] if grey else pixels  # a grey picture is resized once, not three times
-    resized = F.interpolate(
-        planes[None], size=(rows, columns), mode="bilinear", antialias=True, align_corners=False
-    )
+    resized = F.interpolate(planes[None], size=(rows, columns), mode="bilinear", antialias=True, align_corners=False)
     return resized[0].clamp(-1, 1).expand(pixels.shape[0], rows, columns).contiguous()
 
 

@@ -46,9 +46,7 @@ def read_manifest(path: str) -> tuple[list[Entry], list[tuple[str, MeditokError]
             bad.append((number, error))
             continue
         if entry.name in seen:
-            bad.append(
-                (number, BadInputError(f"the same name as row {seen[entry.name]}; give different ids"))
-            )
+            bad.append((number, BadInputError(f"the same name as row {seen[entry.name]}; give different ids")))
             continue
         seen[entry.name] = number
         entries.append(entry)
@@ -81,18 +79,14 @@ def _rows(path: str) -> list[dict]:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise CorruptImageError(
-                f"{path}: the manifest cannot be read as UTF-8 CSV; save it again"
-            ) from error
+            raise CorruptImageError(f"{path}: the manifest cannot be read as UTF-8 CSV; save it again") from error
     else:
         parquet = require("pyarrow.parquet", "reading Parquet manifests")
         arrow = require("pyarrow", "reading Parquet manifests")
         try:
             rows = parquet.read_table(path).to_pylist()
         except (arrow.ArrowException, OSError) as error:
-            raise CorruptImageError(
-                f"{path}: the manifest cannot be read as Parquet; save it again"
-            ) from error
+            raise CorruptImageError(f"{path}: the manifest cannot be read as Parquet; save it again") from error
     if rows and not {"path", "identifier"} & set(rows[0]):
         raise BadInputError(f"{path}: the manifest has no column path or identifier; add one")
     return rows
@@ -104,9 +98,7 @@ def _entry(row: dict, folder: str) -> Entry:
         raise BadInputError("no path")
     posix = PurePosixPath(written.strip().replace("\\", "/"))
     if ".." in posix.parts:
-        raise UnsafeFileError(
-            "path climbs out of the manifest's folder with ..; write it relative to the manifest"
-        )
+        raise UnsafeFileError("path climbs out of the manifest's folder with ..; write it relative to the manifest")
     file = str(posix) if posix.is_absolute() else os.path.join(folder, *posix.parts)
     if not os.path.isfile(file):
         raise BadInputError("file is missing; correct the path")

@@ -117,9 +117,7 @@ class ReadOptions:
         if self.modality is not None:
             code = modality_code(self.modality)
             if code is None:
-                raise UsageError(
-                    f"modality {self.modality!r} is not known; choose one of {', '.join(MODALITIES)}"
-                )
+                raise UsageError(f"modality {self.modality!r} is not known; choose one of {', '.join(MODALITIES)}")
             object.__setattr__(self, "modality", code)
         _one_of("nonfinite", self.nonfinite, ("error", "zero", "min"))
         _one_of("plane", self.plane, ("axial", "coronal", "sagittal", "native"))

@@ -56,9 +56,7 @@ class Processor:
             "geometry": [image.geometry for image in images],
         }
 
-    def post_process(
-        self, pixel_values: torch.Tensor, batch: dict | Sequence[Geometry]
-    ) -> list[torch.Tensor]:
+    def post_process(self, pixel_values: torch.Tensor, batch: dict | Sequence[Geometry]) -> list[torch.Tensor]:
         """Undo the fitting: (B, 3, S, S) -> a list of float32 (3, H, W) at native size, still in [-1, 1].
 
         Tiles come back one by one. ShapeError: another number of pictures than of geometries.
@@ -66,8 +64,7 @@ class Processor:
         geometries = batch["geometry"] if isinstance(batch, dict) else list(batch)
         if len(geometries) != len(pixel_values):
             raise ShapeError(
-                f"{len(pixel_values)} pictures for {len(geometries)} geometries; pass the batch they "
-                "came from"
+                f"{len(pixel_values)} pictures for {len(geometries)} geometries; pass the batch they came from"
             )
         return [unfit(pixels, geometry) for pixels, geometry in zip(pixel_values, geometries, strict=True)]
 
@@ -94,9 +91,7 @@ def as_images(images, options: ReadOptions) -> list[MedicalImage]:
     if isinstance(images, (list, tuple, Iterator)):
         return [found for image in images for found in as_images(image, options)]
     if not hasattr(images, "shape") and not hasattr(images, "__array_interface__"):
-        raise UsageError(
-            f"images of type {type(images).__name__}; give paths, arrays, tensors or MedicalImages"
-        )
+        raise UsageError(f"images of type {type(images).__name__}; give paths, arrays, tensors or MedicalImages")
     array = _Array(images, options)
     return [array.image(index) for index in range(array.frames)]
 

@@ -61,9 +61,7 @@ def frames(
         return
     reader = open_blob(Blob.of(source), options)
     chosen = (
-        range(reader.frames)
-        if options.frame is None
-        else [check_frame(options.frame, reader.frames, reader.where)]
+        range(reader.frames) if options.frame is None else [check_frame(options.frame, reader.frames, reader.where)]
     )
     for index in chosen:
         yield reader.image(index)

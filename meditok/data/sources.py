@@ -69,9 +69,7 @@ class Source:
         chosen = self._chosen(reader)
         if not chosen:
             wanted = self.options.frame
-            error = BadInputError(
-                f"{self.path}: frame {wanted} is not in 0..{reader.frames - 1}; leave --frame out"
-            )
+            error = BadInputError(f"{self.path}: frame {wanted} is not in 0..{reader.frames - 1}; leave --frame out")
             yield Row(f"{self.name}#{wanted}", self.path, None, error, dict(self.columns))
         for index in chosen:
             name, path = self._row_name(reader, index)
@@ -333,9 +331,7 @@ def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, optio
         if file.columns:
             source.row_columns[file.name] = file.columns
     if options.series is not None and not matched:
-        raise UsageError(
-            "--series matches no SeriesInstanceUID or SeriesNumber of the inputs; see meditok inspect"
-        )
+        raise UsageError("--series matches no SeriesInstanceUID or SeriesNumber of the inputs; see meditok inspect")
     splits: dict[str, int] = {}
     for source in groups.values():
         splits[source.slices[0].series] = splits.get(source.slices[0].series, 0) + 1

@@ -206,7 +206,5 @@ class ValueStatistics:
 def _ranked(value: np.ndarray, ends: np.ndarray, share: float) -> float:
     """Percentile `share` of sorted values that each occur ends[i] - ends[i - 1] times."""
     rank = share / 100 * (int(ends[-1]) - 1)
-    below, above = (
-        value[np.searchsorted(ends, math.floor(rank) + step, side="right")] for step in (0, rank % 1 > 0)
-    )
+    below, above = (value[np.searchsorted(ends, math.floor(rank) + step, side="right")] for step in (0, rank % 1 > 0))
     return float(below + (above - below) * (rank % 1))

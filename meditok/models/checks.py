@@ -47,9 +47,7 @@ def _check_range(images: torch.Tensor) -> None:
     low, high = (float(v) for v in torch.aminmax(images))
     if not math.isfinite(low) or not math.isfinite(high):
         bad = int((~torch.isfinite(images)).sum())
-        raise NonFiniteError(
-            f"images: {bad} of {images.numel()} values are NaN or infinite; replace them first"
-        )
+        raise NonFiniteError(f"images: {bad} of {images.numel()} values are NaN or infinite; replace them first")
     if low < -1.0001 or high > 1.0001:
         raise DtypeError(
             f"images: values from {low:.6g} to {high:.6g}; expected [-1, 1] (uint8 tensors are read as 0..255)"
@@ -77,9 +75,7 @@ def as_ids(tokens: Any, model: Tokenizer) -> torch.Tensor:
         tokens.info.check_model(model, "tokens")
         tokens = tokens.ids
     if isinstance(tokens, np.ndarray):
-        tokens = torch.from_numpy(
-            tokens.astype(np.int64) if tokens.dtype.kind == "u" else np.ascontiguousarray(tokens)
-        )
+        tokens = torch.from_numpy(tokens.astype(np.int64) if tokens.dtype.kind == "u" else np.ascontiguousarray(tokens))
     groups, codes = model.config.num_codebooks, model.config.codebook_size
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3 or tokens.shape[1] != groups:
         shape = tuple(getattr(tokens, "shape", ())) or type(tokens).__name__

@@ -21,6 +21,7 @@ from .files import abridged, model_from_state, write_model
 
 MIN_TORCH = (2, 10)  # older ones have advisories on torch.load even with weights_only=True
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
+_MAGIC = (b"PK", b"\x80")  # zip archive, as torch.save writes now; pickle, as it did before
 _TEACHER = ("text_encoder.", "text_fc_norm.", "text_projection.")
 _KIND_ATTENTION = {"training": "causal", "unitok": "full", "bare": "causal"}
 
@@ -66,6 +67,9 @@ def read_checkpoint(path: Path) -> dict:
         )
     if not path.is_file():
         raise BadInputError(f"{path}: no such file; give the published .pth checkpoint")
+    with path.open("rb") as file:
+        if not file.read(2).startswith(_MAGIC):
+            raise BadInputError(f"{path}: not a PyTorch checkpoint; give the published .pth file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on pickle protocols; what cannot be read raises
@@ -96,9 +100,7 @@ def split_layout(content: dict, path: Path) -> tuple[str, dict[str, torch.Tensor
     elif "model" in trainer:
         kind, state = "training", trainer["model"]
     else:
-        raise BadInputError(
-            f"{path}: its 'trainer' holds {abridged(trainer)}; expected 'model' (MedITok) or 'unitok'"
-        )
+        raise BadInputError(f"{path}: its 'trainer' holds {abridged(trainer)}; expected 'model' (MedITok) or 'unitok'")
     state = {_unwrapped(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if any(key.startswith("core.") for key in state):
         kind = "training" if kind == "bare" else kind
@@ -127,9 +129,7 @@ def infer_config(state: dict[str, torch.Tensor], where, **known) -> TokenizerCon
         return len({m[1] for m in (re.match(pattern, key) for key in state) if m})
 
     if "encoder.reg_token" in state:
-        raise BadInputError(
-            f"{where}: made with register tokens (num_query > 0), which this version does not support"
-        )
+        raise BadInputError(f"{where}: made with register tokens (num_query > 0), which this version does not support")
     stage = "encoder.patch_embed.backbone.stages.{}.0.conv3_1x1.weight".format
     size, dim = shape("quantizer.codebooks.0.codebook.weight")
     return TokenizerConfig(

@@ -77,9 +77,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 @torch.inference_mode(False)
-def from_pretrained(
-    name, *, revision: str | None = None, local_files_only: bool = False, device="auto"
-) -> Tokenizer:
+def from_pretrained(name, *, revision: str | None = None, local_files_only: bool = False, device="auto") -> Tokenizer:
     """See Tokenizer.from_pretrained."""
     if Path(name).exists():
         return load(name, device=device)
@@ -118,15 +116,11 @@ def _download(repository: str, revision: str | None, local_files_only: bool) -> 
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise MissingPartError(
-            f"model hf://{repository}: needs huggingface_hub; pip install 'meditok[hub]'"
-        ) from None
+        raise MissingPartError(f"model hf://{repository}: needs huggingface_hub; pip install 'meditok[hub]'") from None
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            hf_hub_download(repository, WEIGHTS_FILE, revision=revision, local_files_only=local_files_only)
-        )
+        return Path(hf_hub_download(repository, WEIGHTS_FILE, revision=revision, local_files_only=local_files_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise MissingPartError(
@@ -143,8 +137,7 @@ def read_model(path: Path) -> Tokenizer:
             description = (file.metadata() or {}).get("meditok")
             if description is None:
                 raise BadInputError(
-                    f"{path}: no meditok description in its header; make it with `meditok convert` or "
-                    "save_pretrained"
+                    f"{path}: no meditok description in its header; make it with `meditok convert` or save_pretrained"
                 )
             config = parse_description(description, path)
             state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
@@ -176,9 +169,7 @@ def parse_description(text: str, path) -> TokenizerConfig:
         values = json.loads(text)
         version, config = values["format"], values["config"]
     except (ValueError, KeyError, TypeError):
-        raise BadInputError(
-            f"{path}: unreadable meditok description in its header; convert it again"
-        ) from None
+        raise BadInputError(f"{path}: unreadable meditok description in its header; convert it again") from None
     if version != FORMAT:
         raise BadInputError(
             f"{path}: format {version}, this meditok reads format {FORMAT}; upgrade meditok or convert again"
@@ -217,9 +208,7 @@ def abridged(lines: Iterable[str], limit: int = 8) -> str:
 def write_model(model: Tokenizer, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
     """Write weights and description to a safetensors file, atomically; dtype float32, or float16 for half the bytes."""
     description = json.dumps({"format": FORMAT, "config": model.config.to_dict()}, sort_keys=True)
-    state = {
-        key: value.detach().cpu().to(dtype).contiguous().clone() for key, value in model.state_dict().items()
-    }
+    state = {key: value.detach().cpu().to(dtype).contiguous().clone() for key, value in model.state_dict().items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

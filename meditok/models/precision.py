@@ -8,17 +8,18 @@ import torch
 
 from ..errors import MissingPartError
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8", "fp8")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+LATER = ("int8", "fp8")  # names that are taken, and not computed in yet
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_precision(precision: str, device: torch.device) -> str:
     """The precision, or MissingPartError where this device or version cannot compute in it."""
     reason = None
-    if precision not in PRECISIONS:
-        reason = "unknown"
-    elif precision in ("int8", "fp8"):
+    if precision in LATER:
         reason = "not available in this version"
+    elif precision not in PRECISIONS:
+        reason = "unknown"
     elif precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         reason = f"not available on {device.type}; it needs an NVIDIA GPU of compute capability 8.0"
     elif precision == "fp16" and device.type == "cpu":

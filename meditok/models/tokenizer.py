@@ -68,9 +68,7 @@ class Tokenizer(nn.Module):
     def _projection(self, in_width: int, out_width: int) -> nn.Module:
         if self.config.projection == "linear":
             return nn.Linear(in_width, out_width)
-        block = BottleneckBlock(
-            in_width, out_width, self.config.heads, causal=self.config.attention == "causal"
-        )
+        block = BottleneckBlock(in_width, out_width, self.config.heads, causal=self.config.attention == "causal")
         return block.apply(init_weights)
 
     # -- the chain, stage by stage -------------------------------------------------------------------------------
@@ -105,9 +103,7 @@ class Tokenizer(nn.Module):
                 F.normalize(self.projection(self.fc_norm(post.mean(1))), dim=-1),
                 self.logit_scale.exp(),
             )
-        return TrainingOutput(
-            self._decode(post, grid), quantized.ids, quantized.loss, quantized.usage, features, scale
-        )
+        return TrainingOutput(self._decode(post, grid), quantized.ids, quantized.loss, quantized.usage, features, scale)
 
     # -- public calls --------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -159,9 +155,7 @@ class Tokenizer(nn.Module):
             raise UsageError(f"latents: stage {stage!r} is unknown; choose encoder, code or post")
         if is_described(x) or getattr(x, "ndim", 4) == 3:
             if stage == "encoder":
-                raise UsageError(
-                    "latents: tokens hold no encoder states; give images, or stage 'code' or 'post'"
-                )
+                raise UsageError("latents: tokens hold no encoder states; give images, or stage 'code' or 'post'")
             tokens = as_ids(x, self)
         elif stage == "encoder":
             return self._encode(as_images(x, self.device))
@@ -186,9 +180,7 @@ class Tokenizer(nn.Module):
 
     def embed_text(self, text: list[str]) -> torch.Tensor:
         """Unit vectors (B, E) of texts. MissingPartError: no text tower is part of this model."""
-        raise MissingPartError(
-            f"embed_text: model {self.config.name} holds no text tower; only images can be embedded"
-        )
+        raise MissingPartError(f"embed_text: model {self.config.name} holds no text tower; only images can be embedded")
 
     @torch.no_grad()
     def features(self, x: torch.Tensor | Tokens | MedicalImage | list[MedicalImage]) -> torch.Tensor:

@@ -129,9 +129,7 @@ class InvertedBottleneck(nn.Module):
         self.pre_norm = LayerNorm2d(in_width)
         self.conv1_1x1 = nn.Conv2d(in_width, hidden, 1)
         self.up = Upsample(hidden, hidden) if resample == "up" else nn.Identity()
-        self.conv2_kxk = nn.Conv2d(
-            hidden, hidden, 3, stride=2 if resample == "down" else 1, padding=1, groups=hidden
-        )
+        self.conv2_kxk = nn.Conv2d(hidden, hidden, 3, stride=2 if resample == "down" else 1, padding=1, groups=hidden)
         self.conv3_1x1 = nn.Conv2d(hidden, out_width, 1)
         shortcuts = {"none": nn.Identity, "down": Downsample, "up": Upsample}
         self.shortcut = shortcuts[resample](in_width, out_width)

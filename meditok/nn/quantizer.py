@@ -13,14 +13,10 @@ from .. import ops
 class Quantized(NamedTuple):
     """Result of one training pass through the quantiser."""
 
-    z: (
-        torch.Tensor
-    )  # (B, N, G*C), straight-through: values of the chosen unit rows, gradient of the normalised input
+    z: torch.Tensor  # (B, N, G*C), straight-through: values of the chosen unit rows, gradient of the normalised input
     ids: torch.Tensor  # (B, G, N) int64
     loss: torch.Tensor  # () float32, commitment and codebook terms, mean over codebooks
-    usage: (
-        torch.Tensor
-    )  # () float32, per cent of codes whose share of this batch exceeds 0.01 / K, mean over codebooks
+    usage: torch.Tensor  # () float32, per cent of codes whose share of this batch exceeds 0.01 / K, mean over codebooks
 
 
 class MultiCodebookQuantizer(nn.Module):
@@ -30,9 +26,7 @@ class MultiCodebookQuantizer(nn.Module):
     `codebooks.{i}.vocab_usage` (K,), while in memory all codebooks are one (G, K, C) tensor, as the kernels take it.
     """
 
-    def __init__(
-        self, num_codebooks: int, codebook_size: int, code_dim: int, commitment_weight: float = 0.25
-    ):
+    def __init__(self, num_codebooks: int, codebook_size: int, code_dim: int, commitment_weight: float = 0.25):
         super().__init__()
         shape = num_codebooks, codebook_size, code_dim
         self.commitment_weight = commitment_weight

@@ -25,8 +25,7 @@ def kind_of(*arrays: Any) -> str:
     kinds = {_kind(array) for array in arrays if array is not None}
     if len(kinds) != 1:
         raise TypeError(
-            f"arrays of one kind are needed, but {' and '.join(sorted(kinds))} were given; "
-            "convert one of them"
+            f"arrays of one kind are needed, but {' and '.join(sorted(kinds))} were given; convert one of them"
         )
     return kinds.pop()
 
@@ -100,8 +99,6 @@ def _values_are_checked(ids: Any) -> bool:
         return True
     if torch.compiler.is_compiling() or type(ids) not in (Tensor, torch.nn.Parameter) or ids.is_meta:
         return False
-    if (
-        torch._C._functorch.maybe_get_level(ids) >= 0
-    ):  # inside vmap: a batched tensor has no values to look at
+    if torch._C._functorch.maybe_get_level(ids) >= 0:  # inside vmap: a batched tensor has no values to look at
         return False
     return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())

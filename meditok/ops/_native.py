@@ -51,11 +51,7 @@ def packed_bytes(groups: int, codes: int, width: int) -> int:
         return -(-count // align) * align
 
     per_group = (
-        align
-        + padded(tiles * width * 32 * 4)
-        + 2 * padded(tiles * 32 * 4)
-        + padded(tiles * 4)
-        + padded(codes * 8)
+        align + padded(tiles * width * 32 * 4) + 2 * padded(tiles * 32 * 4) + padded(tiles * 4) + padded(codes * 8)
     )
     return align + groups * per_group
 

@@ -34,9 +34,7 @@ def _check_attention(q: Any, k: Any, v: Any, attn_mask: Any, is_causal: bool) ->
     if attn_mask is not None and is_causal:
         raise ShapeError("attn_mask and is_causal=True were both given; fold the causal part into the mask")
     if attn_mask is not None and str(attn_mask.dtype) not in ("torch.bool", "bool", str(q.dtype)):
-        raise DtypeError(
-            f"attn_mask has dtype {attn_mask.dtype}; bool (True = attend) or {q.dtype} is needed"
-        )
+        raise DtypeError(f"attn_mask has dtype {attn_mask.dtype}; bool (True = attend) or {q.dtype} is needed")
     scores = (*q.shape[:3], k.shape[2])
     if attn_mask is not None and not _broadcasts(tuple(attn_mask.shape), scores):
         raise ShapeError(
@@ -57,9 +55,7 @@ library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask=None, *, "
     "bool is_causal=False, float? scale=None) -> Tensor"
 )
-library.define(
-    "attention_qkv(Tensor qkv, *, bool is_causal=False, float? scale=None, str? reduce=None) -> Tensor"
-)
+library.define("attention_qkv(Tensor qkv, *, bool is_causal=False, float? scale=None, str? reduce=None) -> Tensor")
 # Composite: PyTorch derives fake, autograd and vmap from the reference itself.
 library.impl("attention", reference.attention, "CompositeImplicitAutograd")
 library.impl("attention_qkv", reference.attention_qkv, "CompositeImplicitAutograd")
@@ -87,9 +83,7 @@ def attention(
     return torch.ops.meditok.attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
 
 
-def attention_qkv(
-    qkv: Any, *, is_causal: bool = False, scale: float | None = None, reduce: str | None = None
-) -> Any:
+def attention_qkv(qkv: Any, *, is_causal: bool = False, scale: float | None = None, reduce: str | None = None) -> Any:
     """Self-attention of packed projections: qkv (B, N, 3, H, D) -> (B, N, H * D), or (B, N, D) with
     reduce="mean".
 
@@ -103,7 +97,5 @@ def attention_qkv(
     if reduce not in (None, "mean"):
         raise ValueError(f"reduce={reduce!r} is not one of None, 'mean'")
     if kind != "torch":
-        return _like(
-            kind, (reference.attention_qkv(_tensor(qkv), is_causal=is_causal, scale=scale, reduce=reduce),)
-        )[0]
+        return _like(kind, (reference.attention_qkv(_tensor(qkv), is_causal=is_causal, scale=scale, reduce=reduce),))[0]
     return torch.ops.meditok.attention_qkv(qkv, is_causal=is_causal, scale=scale, reduce=reduce)

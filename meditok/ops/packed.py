@@ -107,7 +107,5 @@ def split(codebook: Any, metric: str) -> tuple[Any, Any]:
     if not isinstance(codebook, PackedCodebook):
         return codebook, None
     if codebook.metric != metric:
-        raise ValueError(
-            f"the codebook was packed for metric={codebook.metric!r}, but metric={metric!r} was asked for"
-        )
+        raise ValueError(f"the codebook was packed for metric={codebook.metric!r}, but metric={metric!r} was asked for")
     return codebook.codebook, codebook.packed

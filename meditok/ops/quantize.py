@@ -38,9 +38,7 @@ from meditok.ops.vq import check_assign
 def _check_quantize(x: Any, codebook: Any, metric: str, mask: Any) -> None:
     check_assign(x, codebook, metric)
     if dtype_name(x) != dtype_name(codebook):
-        raise DtypeError(
-            f"x is {x.dtype} and codebook {codebook.dtype}; one dtype is needed, convert one of them"
-        )
+        raise DtypeError(f"x is {x.dtype} and codebook {codebook.dtype}; one dtype is needed, convert one of them")
     if mask is not None and (dtype_name(mask) != "bool" or tuple(mask.shape) != (x.shape[0],)):
         raise ShapeError(
             f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
@@ -120,9 +118,7 @@ def _quantize_backward_fake(grad_z, grad_loss, x, codebook, ids, mask, **setting
 
 @torch.library.register_fake("meditok::vq_stats", lib=library)
 def _stats_fake(x, ids, codes):
-    return ids.new_empty((x.shape[1], codes)), x.new_empty(
-        (x.shape[1], codes, x.shape[2]), dtype=torch.float32
-    )
+    return ids.new_empty((x.shape[1], codes)), x.new_empty((x.shape[1], codes, x.shape[2]), dtype=torch.float32)
 
 
 @torch.library.register_fake("meditok::vq_update_", lib=library)
@@ -149,9 +145,7 @@ def _quantize_gradient(ctx, grad_z, grad_ids, grad_loss, grad_counts):
     return *grads, None, None
 
 
-torch.library.register_autograd(
-    "meditok::vq_quantize", _quantize_gradient, setup_context=_quantize_setup, lib=library
-)
+torch.library.register_autograd("meditok::vq_quantize", _quantize_gradient, setup_context=_quantize_setup, lib=library)
 
 
 def _one_by_one(op):
@@ -173,9 +167,7 @@ def _one_by_one(op):
 
 
 for _name in ("vq_quantize", "vq_quantize_backward", "vq_stats"):
-    torch.library.register_vmap(
-        f"meditok::{_name}", _one_by_one(getattr(torch.ops.meditok, _name)), lib=library
-    )
+    torch.library.register_vmap(f"meditok::{_name}", _one_by_one(getattr(torch.ops.meditok, _name)), lib=library)
 
 # ---- public ------------------------------------------------------------------------------------------------
 
@@ -226,9 +218,7 @@ def vq_stats(x: Any, ids: Any, K: int) -> tuple[Any, Any]:
     check_float("x", x)
     check_integer("ids", ids)
     if tuple(ids.shape) != tuple(x.shape[:2]):
-        raise ShapeError(
-            f"ids have shape {tuple(ids.shape)} and x {tuple(x.shape)}; (N, G) and (N, G, C) are needed"
-        )
+        raise ShapeError(f"ids have shape {tuple(ids.shape)} and x {tuple(x.shape)}; (N, G) and (N, G, C) are needed")
     if kind != "torch":
         check_ids(np.maximum(ids, 0) if kind == "numpy" else ids.clip(0), K)
         return _like(kind, reference.vq_stats(_tensor(x), _tensor(ids), K))
@@ -270,9 +260,7 @@ def vq_update_(
             )
     settings = dict(decay=float(decay), eps=float(eps), metric=metric)
     if kind == "torch":
-        check_same_device(
-            codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums
-        )
+        check_same_device(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums)
         torch.ops.meditok.vq_update_(codebook, ema_counts, ema_sums, counts, sums, **settings)
         return
     state = [_tensor(array).clone() for array in (codebook, ema_counts, ema_sums)]

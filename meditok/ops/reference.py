@@ -143,9 +143,7 @@ def unit_rows(x: Tensor, metric: str) -> Tensor:
 def count_ids(ids: Tensor, codes: int) -> Tensor:
     """ids (N, G) -> counts (G, K) int64; ids outside 0..K-1 are not counted."""
     groups = ids.shape[1]
-    counts = torch.zeros(
-        groups * codes + 1, dtype=torch.int64, device=ids.device
-    )  # the last one takes what is outside
+    counts = torch.zeros(groups * codes + 1, dtype=torch.int64, device=ids.device)  # the last one takes what is outside
     offset = torch.arange(groups, device=ids.device) * codes
     flat = torch.where((ids >= 0) & (ids < codes), ids + offset, groups * codes).flatten()
     counts.index_add_(0, flat, torch.ones_like(flat))
@@ -228,9 +226,7 @@ def vq_quantize_backward(
     keep = keep.unsqueeze(-1)  # (N, 1, 1)
     kept = keep.sum().clamp_min(1) * (x.shape[1] * x.shape[2])
     difference = torch.where(keep, hat - code, 0)
-    step = difference * (
-        2 * grad_loss.to(hat.dtype) / kept
-    )  # gradient of the mean square to hat, before its weight
+    step = difference * (2 * grad_loss.to(hat.dtype) / kept)  # gradient of the mean square to hat, before its weight
     grad = grad_z.to(hat.dtype)
     if rotation:
         hat_norm = hat.norm(dim=-1, keepdim=True).clamp_min(FLOOR)

@@ -52,8 +52,7 @@ def _check_lookup(ids: Any, codebook: Any, metric: str) -> None:
     check_float("codebook", codebook)
     if ids.shape[1] != codebook.shape[0]:
         raise ShapeError(
-            f"ids have shape {tuple(ids.shape)} and codebook {tuple(codebook.shape)}; "
-            "(N, G) and (G, K, C) must share G"
+            f"ids have shape {tuple(ids.shape)} and codebook {tuple(codebook.shape)}; (N, G) and (G, K, C) must share G"
         )
     check_integer("ids", ids)
 
@@ -62,20 +61,14 @@ def _check_lookup(ids: Any, codebook: Any, metric: str) -> None:
 
 library.define("vq_assign(Tensor x, Tensor codebook, Tensor? packed=None, *, str metric='cosine') -> Tensor")
 library.define("vq_lookup(Tensor ids, Tensor codebook, *, str metric='cosine') -> Tensor")
-library.define(
-    "vq_lookup_backward(Tensor grad, Tensor ids, Tensor codebook, *, str metric='cosine') -> Tensor"
-)
+library.define("vq_lookup_backward(Tensor grad, Tensor ids, Tensor codebook, *, str metric='cosine') -> Tensor")
 
 
-def _assign_reference(
-    x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine"
-) -> Tensor:
+def _assign_reference(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
     return reference.vq_assign(x, codebook, metric=metric)
 
 
-def _assign_native(
-    x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine"
-) -> Tensor:
+def _assign_native(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
     ids = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
     if packed is None or packed.numel() == 0:
         packed = torch.ops.meditok.vq_pack(codebook, metric=metric)
@@ -93,9 +86,7 @@ def _lookup_native(ids: Tensor, codebook: Tensor, *, metric: str = "cosine") -> 
     return out
 
 
-def _assign_cuda(
-    x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine"
-) -> Tensor:
+def _assign_cuda(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
     kernel = _assign_native if native.cuda_usable(x.device.index) else _assign_reference
     return kernel(x, codebook, packed, metric=metric)
 
@@ -118,9 +109,7 @@ if native.backend == "native":
 
 
 @torch.library.register_fake("meditok::vq_assign", lib=library)
-def _assign_fake(
-    x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine"
-) -> Tensor:
+def _assign_fake(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
@@ -147,9 +136,7 @@ def _lookup_gradient(ctx, grad):
     return None, torch.ops.meditok.vq_lookup_backward(grad, ids, codebook, metric=ctx.metric)
 
 
-torch.library.register_autograd(
-    "meditok::vq_lookup", _lookup_gradient, setup_context=_lookup_setup, lib=library
-)
+torch.library.register_autograd("meditok::vq_lookup", _lookup_gradient, setup_context=_lookup_setup, lib=library)
 
 
 def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -230,9 +217,7 @@ def vq_lookup(ids: Any, codebook: Any, *, metric: str = "cosine") -> Any:
     if kind == "cupy":
         return _lookup_cupy(ids, codebook, metric)
     if native.backend != "native":
-        return reference.vq_lookup(
-            _to_torch(ids.astype(np.int64)), _to_torch(codebook), metric=metric
-        ).numpy()
+        return reference.vq_lookup(_to_torch(ids.astype(np.int64)), _to_torch(codebook), metric=metric).numpy()
     ids, codebook = _plain(ids.astype(np.int64, copy=False)), _plain(codebook)
     out = np.empty((*ids.shape, codebook.shape[2]), dtype=codebook.dtype)
     _native.lookup(ids, codebook, metric, out)
@@ -268,9 +253,7 @@ def _lookup_cupy(ids: Any, codebook: Any, metric: str) -> Any:
     import cupy
 
     if not native.cuda_usable(codebook.device.id):
-        return cupy.asarray(
-            reference.vq_lookup(torch.as_tensor(ids), torch.as_tensor(codebook), metric=metric)
-        )
+        return cupy.asarray(reference.vq_lookup(torch.as_tensor(ids), torch.as_tensor(codebook), metric=metric))
     with codebook.device:
         out = cupy.empty((*ids.shape, codebook.shape[2]), dtype=codebook.dtype)
         _native.lookup(ids.astype(cupy.int64, copy=False), codebook, metric, out)

@@ -34,9 +34,7 @@ class PictureWriter:
     display. A file that is there already with other bytes is a UsageError unless `overwrite`.
     """
 
-    def __init__(
-        self, out: str | os.PathLike, layout: Layout, values: str | None = None, *, overwrite: bool = False
-    ):
+    def __init__(self, out: str | os.PathLike, layout: Layout, values: str | None = None, *, overwrite: bool = False):
         if values not in (None, *VALUES):
             raise UsageError(f"--values {values}: unknown; choose one of {', '.join(VALUES)}")
         self.out, self.layout, self.values, self.overwrite = Path(out), layout, values, overwrite

@@ -123,9 +123,7 @@ class TokenReader:
         for file, path in zip(self._files, self.paths, strict=True):
             missing = {"id", "tokens", "height", "width"} - set(file.schema_arrow.names)
             if missing:
-                raise BadInputError(
-                    f"{path}: columns {', '.join(sorted(missing))} are missing; write the file again"
-                )
+                raise BadInputError(f"{path}: columns {', '.join(sorted(missing))} are missing; write the file again")
         known = set(arrow_schema(self.info).names)
         self.extra = tuple(n for n in self._files[0].schema_arrow.names if n not in known)
 

@@ -45,9 +45,7 @@ def load_key() -> bytes:
             f"key file {path}: {error.strerror}; point {VARIABLE} at a file that can be read or made"
         ) from None
     if not key:
-        raise UsageError(
-            f"key file {path}: empty; remove it to have a new key made, or point {VARIABLE} at another"
-        )
+        raise UsageError(f"key file {path}: empty; remove it to have a new key made, or point {VARIABLE} at another")
     if shared:
         warnings.warn(
             f"key file {path} can be read by others, who can then guess names from hashes; chmod 600 it",

@@ -95,9 +95,7 @@ def plan_layout(rows: Iterable[Description], fmt: str | None = None, values: str
                 f"fit 0..{top} of a PNG; use --as npy or nifti, or png16 up to 65535"
             )
     if fmt == "nifti" and flat:
-        raise UsageError(
-            f"--as nifti: row {flat} has no place in a volume; leave --as out to write such rows as PNG"
-        )
+        raise UsageError(f"--as nifti: row {flat} has no place in a volume; leave --as out to write such rows as PNG")
     if fmt in (None, "nifti"):
         for name, volume in volumes.items():
             _plan_volume(layout, name, volume, whole=fmt == "nifti")

@@ -97,8 +97,7 @@ class TokenInfo:
         BadInputError: not a token file, or a broken header; CodebookMismatchError: another format version.
         """
         pairs = {
-            key.decode("utf-8", "replace"): value.decode("utf-8", "replace")
-            for key, value in (metadata or {}).items()
+            key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in (metadata or {}).items()
         }
         version = pairs.get("meditok.format")
         if version is None:
@@ -292,9 +291,7 @@ def _cast(column: pa.Array, wanted: pa.DataType, name: str, where: str) -> pa.Ar
     try:
         return column.cast(wanted)
     except pa.ArrowException:
-        raise BadInputError(
-            f"{where}: column {name} is {column.type} and not {wanted}; write it anew"
-        ) from None
+        raise BadInputError(f"{where}: column {name} is {column.type} and not {wanted}; write it anew") from None
 
 
 def ids_of(column: pa.Array, info: TokenInfo, where: str) -> np.ndarray:
@@ -307,17 +304,12 @@ def ids_of(column: pa.Array, info: TokenInfo, where: str) -> np.ndarray:
 
     groups, positions, codes = info.num_codebooks, info.positions, info.codebook_size
     if not (
-        pa.types.is_list(column.type)
-        or pa.types.is_large_list(column.type)
-        or pa.types.is_fixed_size_list(column.type)
+        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
     ):
-        raise TokenShapeError(
-            f"{where}: tokens are {column.type}, expected lists of {groups * positions} ids"
-        )
+        raise TokenShapeError(f"{where}: tokens are {column.type}, expected lists of {groups * positions} ids")
     if not pa.types.is_integer(column.type.value_type):
         raise TokenRangeError(
-            f"{where}: tokens of type {column.type.value_type}; ids are integers from 0 to {codes - 1} (K = "
-            f"{codes})"
+            f"{where}: tokens of type {column.type.value_type}; ids are integers from 0 to {codes - 1} (K = {codes})"
         )
     lengths = {length or 0 for length in pc.unique(pc.list_value_length(column)).to_pylist()}
     if not lengths <= {groups * positions}:

@@ -153,9 +153,7 @@ def finished_settings(out: str | os.PathLike) -> tuple[str, int] | None:
             settings = ""
     else:
         if out.is_file():
-            raise UsageError(
-                f"{out}: a file of that name is in the way; name a folder, or a file ending in .parquet"
-            )
+            raise UsageError(f"{out}: a file of that name is in the way; name a folder, or a file ending in .parquet")
         if not out.exists() or not any(out.iterdir()):
             return None
         index = read_index(out)
@@ -178,8 +176,7 @@ def plan_output(out: str | os.PathLike, settings: str, *, overwrite: bool) -> in
     if found[0] and found[0] == settings:
         return found[1]
     raise UsageError(
-        f"{out}: holds the result of other inputs or options; pass --overwrite to replace it, or choose "
-        "another output"
+        f"{out}: holds the result of other inputs or options; pass --overwrite to replace it, or choose another output"
     )
 
 

@@ -30,9 +30,7 @@ class Tokens:
                 f"{info.grid[0]} x {info.grid[1]} need {expected}"
             )
         if ids.dtype.kind not in "iu":
-            raise TokenRangeError(
-                f"tokens: dtype {ids.dtype}; ids are integers from 0 to {info.codebook_size - 1}"
-            )
+            raise TokenRangeError(f"tokens: dtype {ids.dtype}; ids are integers from 0 to {info.codebook_size - 1}")
         check_range(ids, info.codebook_size, "tokens")
         self.codes = ids.astype(id_dtype(info.codebook_size), copy=False)
         self.rows = list(rows)
@@ -101,9 +99,7 @@ class Tokens:
         rows = (
             self.rows
             if len(ids) == len(self)
-            else [
-                Description(f"generated-{i}", info.grid[0] * 16, info.grid[1] * 16) for i in range(len(ids))
-            ]
+            else [Description(f"generated-{i}", info.grid[0] * 16, info.grid[1] * 16) for i in range(len(ids))]
         )
         return Tokens(ids, rows, info)
 

@@ -33,9 +33,7 @@ class Picture:
         """float32 (3, H, W) in [-1, 1]; `window` (low, high) applies to pictures in Hounsfield units only."""
         if self.pixels.ndim == 2:
             low, high = window
-            grey = (
-                torch.from_numpy(self.pixels).float().clamp(low, high).sub(low).mul(2 / (high - low)).sub(1)
-            )
+            grey = torch.from_numpy(self.pixels).float().clamp(low, high).sub(low).mul(2 / (high - low)).sub(1)
             return grey.expand(3, -1, -1)
         return torch.from_numpy(self.pixels).permute(2, 0, 1).float() / 127.5 - 1
 
@@ -116,9 +114,7 @@ def describe(rows: list[dict]) -> str:
             "images": len(rows),
             "list_sha256": list_hash(rows),
             "sources": [
-                dict(
-                    zip(("modality", "source", "licence", "licence_stated", "images"), (*key, n), strict=True)
-                )
+                dict(zip(("modality", "source", "licence", "licence_stated", "images"), (*key, n), strict=True))
                 for key, n in sorted(sources.items())
             ],
         },

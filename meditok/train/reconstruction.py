@@ -79,9 +79,7 @@ def continuous_pass(model: Tokenizer, images: torch.Tensor, codes: Codes, noise:
     pieces = unit_pieces(model, code)
     codes.collect(pieces)
     noisy = F.normalize(pieces + noise * torch.randn_like(pieces), dim=-1)
-    return model.decoder(
-        model.post_quant_proj(noisy.flatten(1).view_as(code)), square_grid(code.shape[1], None)
-    )
+    return model.decoder(model.post_quant_proj(noisy.flatten(1).view_as(code)), square_grid(code.shape[1], None))
 
 
 def parameter_groups(model: Tokenizer) -> list[dict]:
@@ -144,9 +142,7 @@ def train(model: Tokenizer, sampler: Sampler, options: argparse.Namespace, log) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="tiny")
@@ -155,9 +151,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--full-size", type=int, default=256, help="side of the crops towards the end")
     parser.add_argument("--full-share", type=float, default=0.2, help="share of the steps at full size")
-    parser.add_argument(
-        "--continuous", type=float, default=0.15, help="share of the steps before quantisation starts"
-    )
+    parser.add_argument("--continuous", type=float, default=0.15, help="share of the steps before quantisation starts")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--window", type=int, default=50, help="steps after which an unused code is revived")
     parser.add_argument("--seed", type=int, default=0)

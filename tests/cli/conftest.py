@@ -105,9 +105,7 @@ def patch_model(monkeypatch):
     return model
 
 
-def write_ct(
-    path, pixels, position=(0.0, 0.0, 0.0), series="1.2.3", spacing=(1.0, 1.0), thickness=2.0, text=None
-):
+def write_ct(path, pixels, position=(0.0, 0.0, 0.0), series="1.2.3", spacing=(1.0, 1.0), thickness=2.0, text=None):
     """One CT slice; `pixels` (rows, columns) in HU; `text` goes into every text tag a study usually fills."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage

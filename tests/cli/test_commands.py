@@ -27,9 +27,7 @@ def test_version_says_what_it_is_not(cli):
     assert code == 0 and meditok.__version__ in out and "research use, not a medical device" in out
 
 
-@pytest.mark.parametrize(
-    "command", ["tokenize", "detokenize", "reconstruct", "inspect", "demo", "doctor", "convert"]
-)
+@pytest.mark.parametrize("command", ["tokenize", "detokenize", "reconstruct", "inspect", "demo", "doctor", "convert"])
 def test_every_command_has_help(command):
     from meditok.cli import run
 
@@ -54,9 +52,7 @@ def test_inspect_tells_what_files_are(cli, make, pictures, tmp_path):
     assert code == 0 and (report["found"], report["ok"], report["ignored"], report["rows"]) == (7, 6, 1, 6)
     entry = next(f for f in report["files"] if f["name"] == "ct/slice01.dcm")
     assert (entry["modality"], entry["height"], entry["width"], entry["unit"]) == ("ct", 30, 40, "HU")
-    assert "Explicit VR Little Endian" in entry["syntax"] and any(
-        "rescale" in step for step in entry["steps"]
-    )
+    assert "Explicit VR Little Endian" in entry["syntax"] and any("rescale" in step for step in entry["steps"])
     code, out, _ = cli("inspect", pictures)
     assert code == 0 and "ct/slice01.dcm" in out and "notes.txt: ignored" in out
 
@@ -146,9 +142,7 @@ def test_python_m_meditok_knows_the_options_of_meditok(process):
 
 
 def test_a_forced_backend_that_is_missing_is_exit_4(process, pictures, model_dir, tmp_path):
-    done = process(
-        "tokenize", pictures, "-o", tmp_path / "t.parquet", "--model", model_dir, "--backend", "triton"
-    )
+    done = process("tokenize", pictures, "-o", tmp_path / "t.parquet", "--model", model_dir, "--backend", "triton")
     assert done.returncode == 4 and b"triton" in done.stderr and b"Traceback" not in done.stderr
 
 

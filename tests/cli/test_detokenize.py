@@ -23,17 +23,13 @@ def test_decoding_in_a_fresh_process_equals_reconstruct_byte_for_byte(
     make.ct_series(pictures / "ct", make.noise((40, 30, 3), 2000, dtype=np.int16) - 1000)
     assert cli("reconstruct", pictures, "-o", tmp_path / "a")[0] == 0
     assert cli("tokenize", pictures, "-o", tmp_path / "t.parquet")[0] == 0
-    done = process(
-        "detokenize", tmp_path / "t.parquet", "-o", tmp_path / "b", "--model", model_dir, "--batch-size", 1
-    )
+    done = process("detokenize", tmp_path / "t.parquet", "-o", tmp_path / "b", "--model", model_dir, "--batch-size", 1)
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert sorted(p.suffix for p in (tmp_path / "b").iterdir()) == [".gz", ".png", ".png", ".png"]
 
 
-def test_a_mixed_folder_comes_back_with_every_size_and_place_right(
-    cli, make, pictures, tmp_path, patch_model
-):
+def test_a_mixed_folder_comes_back_with_every_size_and_place_right(cli, make, pictures, tmp_path, patch_model):
     bright = make.noise((64, 48, 4), 1, dtype=np.int16) - 1000
     bright[:16, :12, 0] = 900  # one marked corner: first columns, first rows, first slice
     affine = make.ct_series(pictures / "ct", bright)
@@ -58,16 +54,9 @@ def test_a_mixed_folder_comes_back_with_every_size_and_place_right(
 
     ct = next(p for p in (tmp_path / "out").glob("*.nii.gz"))
     back = nibabel.load(ct)
-    assert (
-        back.shape == bright.shape and np.allclose(back.affine, affine) and back.get_data_dtype() == np.int16
-    )
+    assert back.shape == bright.shape and np.allclose(back.affine, affine) and back.get_data_dtype() == np.int16
     values = back.get_fdata()
-    assert (
-        values[8, 6, 0] > 850
-        and values[-8, 6, 0] < -950
-        and values[8, -6, 0] < -950
-        and values[8, 6, -1] < -950
-    )
+    assert values[8, 6, 0] > 850 and values[-8, 6, 0] < -950 and values[8, -6, 0] < -950 and values[8, 6, -1] < -950
 
     deep = np.asarray(Image.open(tmp_path / "out" / "deep.png.png"))
     assert deep.shape == (50, 80) and deep[8, 72] > 240 and deep[8, 8] < 15 and deep[42, 72] < 15
@@ -76,9 +65,7 @@ def test_a_mixed_folder_comes_back_with_every_size_and_place_right(
 
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
-def test_a_marked_corner_stays_at_its_world_point_in_all_48_axis_orders(
-    cli, make, tmp_path, patch_model, plane
-):
+def test_a_marked_corner_stays_at_its_world_point_in_all_48_axis_orders(cli, make, tmp_path, patch_model, plane):
     import itertools
 
     inside = tmp_path / "in"
@@ -113,9 +100,7 @@ def test_a_marked_corner_stays_at_its_world_point_in_all_48_axis_orders(
     for name, affine in worlds.items():
         back = nibabel.load(tmp_path / "out" / f"{name}.nii.gz")
         assert np.allclose(back.affine, affine), name
-        assert (back.get_fdata()[2:6, 2:6, 2:6] > 400).all() and (
-            back.get_fdata()[16:, 16:, 16:] < 100
-        ).all(), name
+        assert (back.get_fdata()[2:6, 2:6, 2:6] > 400).all() and (back.get_fdata()[16:, 16:, 16:] < 100).all(), name
 
 
 def test_a_gap_divides_a_series_into_runs_that_lie_right(cli, make, tmp_path, patch_model):
@@ -153,9 +138,7 @@ def test_formats_and_values_are_what_was_asked_for(cli, make, tmp_path, patch_mo
 
     code, err, (volume,) = decode()
     assert code == 0 and "lost" in err
-    assert (
-        nibabel.load(volume).get_data_dtype() == np.int16 and (nibabel.load(volume).get_fdata() == 65).all()
-    )
+    assert nibabel.load(volume).get_data_dtype() == np.int16 and (nibabel.load(volume).get_fdata() == 65).all()
     assert (nibabel.load(decode("--values", "display")[2][0]).get_fdata() == 137).all()
     code, err, pictures = decode("--as", "png")
     assert len(pictures) == 2 and (np.asarray(Image.open(pictures[0])) == 137).all() and "lost" not in err
@@ -172,9 +155,7 @@ def test_sixteen_bit_values_come_back_as_sixteen_bit_values(cli, make, tmp_path,
     np.save(tmp_path / "colour.npy", np.stack([halves] * 3, -1))
     for name in ("grey.png", "colour.npy"):
         assert cli("tokenize", tmp_path / name, "-o", tmp_path / f"{name}.parquet", "--keep-names")[0] == 0
-        assert (
-            cli("detokenize", tmp_path / f"{name}.parquet", "-o", tmp_path / "out", "--as", "png16")[0] == 0
-        )
+        assert cli("detokenize", tmp_path / f"{name}.parquet", "-o", tmp_path / "out", "--as", "png16")[0] == 0
     grey = np.asarray(Image.open(tmp_path / "out" / "grey.png.png"))
     assert grey.dtype == np.uint16 and abs(int(grey[0, 0]) - 40000) < 17
     data = (tmp_path / "out" / "colour.npy.png").read_bytes()
@@ -218,9 +199,7 @@ def test_another_codebook_is_refused_with_both_hashes(cli, pictures, tmp_path):
         flat = model.quantizer.codebook.view(-1).view(torch.int32)
         flat[4711] ^= 1 << 3  # one bit of one byte
     model.save_pretrained(tmp_path / "other")
-    code, _, err = cli(
-        "detokenize", tmp_path / "t.parquet", "-o", tmp_path / "out", "--model", tmp_path / "other"
-    )
+    code, _, err = cli("detokenize", tmp_path / "t.parquet", "-o", tmp_path / "out", "--model", tmp_path / "other")
     made = Tokens.load(tmp_path / "t.parquet").info.codebook_hash
     assert code == 3 and made in err and model.codebook_hash in err and made != model.codebook_hash
     assert not (tmp_path / "out").exists()
@@ -258,9 +237,7 @@ def test_a_name_that_would_leave_the_folder_is_unsafe(cli, pictures, tmp_path):
     cli("tokenize", pictures / "photo.jpg", "-o", tmp_path / "t.parquet", "--keep-names")
     tokens = Tokens.load(tmp_path / "t.parquet")
     for name in ("../evil", "/evil", "a/../../evil", "C:/evil", ".."):
-        Tokens(tokens.ids, [dataclasses.replace(tokens.rows[0], id=name)], tokens.info).save(
-            tmp_path / "e.parquet"
-        )
+        Tokens(tokens.ids, [dataclasses.replace(tokens.rows[0], id=name)], tokens.info).save(tmp_path / "e.parquet")
         assert cli("detokenize", tmp_path / "e.parquet", "-o", tmp_path / "out" / "deep")[0] == 5
     assert not (tmp_path / "out").exists() and not (tmp_path / "evil.png").exists()
 

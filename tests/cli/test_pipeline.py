@@ -57,11 +57,7 @@ def test_detokenize_gives_images_at_native_size_and_unit(model, make, tmp_path):
     tokens = meditok.tokenize(tmp_path / "ct", model, size=64)
     images = meditok.detokenize(tokens, model)
     assert [tuple(i.pixels.shape) for i in images] == [(3, 30, 40)] * 2
-    assert (
-        images[0].unit == "HU"
-        and images[0].low == -1000
-        and torch.equal(images[0].pixels[0], images[0].pixels[2])
-    )
+    assert images[0].unit == "HU" and images[0].low == -1000 and torch.equal(images[0].pixels[0], images[0].pixels[2])
     assert [i.slice for i in images] == [0, 1]
     tokens.save(tmp_path / "t.parquet")
     again = meditok.detokenize(tmp_path / "t.parquet", model)

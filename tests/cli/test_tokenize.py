@@ -32,8 +32,7 @@ def test_equal_base_names_in_two_folders_are_two_rows_named_by_the_promised_hash
         Image.fromarray(make.noise((32, 32), seed=seed)).save(tmp_path / "in" / site / "IM0001.png")
     assert cli("tokenize", tmp_path / "in", "-o", tmp_path / "t.parquet")[0] == 0
     expected = [
-        hmac.new(b"a key for tests", f"{site}/IM0001.png#0".encode(), hashlib.sha256).hexdigest()[:32]
-        for site in "ab"
+        hmac.new(b"a key for tests", f"{site}/IM0001.png#0".encode(), hashlib.sha256).hexdigest()[:32] for site in "ab"
     ]
     assert [row.id for row in Tokens.load(tmp_path / "t.parquet").rows] == expected
 
@@ -42,9 +41,7 @@ def test_equal_relative_paths_of_two_inputs_are_a_usage_error(cli, make, tmp_pat
     for site in "ab":
         (tmp_path / site).mkdir()
         Image.fromarray(make.noise((32, 32))).save(tmp_path / site / "x.png")
-    code, _, err = cli(
-        "tokenize", tmp_path / "a" / "x.png", tmp_path / "b" / "x.png", "-o", tmp_path / "t.parquet"
-    )
+    code, _, err = cli("tokenize", tmp_path / "a" / "x.png", tmp_path / "b" / "x.png", "-o", tmp_path / "t.parquet")
     assert code == 2 and "x.png" in err and err.count("\n") == 1
     assert not (tmp_path / "t.parquet").exists()
 
@@ -206,9 +203,7 @@ def test_manifest_columns_are_copied_only_when_asked_for(cli, pictures, tmp_path
     (tmp_path / "list.csv").write_text("path,label,caption\nin/deep.png,normal,a chest\nin/photo.jpg,,\n")
     cli("tokenize", tmp_path / "list.csv", "-o", tmp_path / "none.parquet")
     assert "label" not in pq.read_schema(tmp_path / "none.parquet").names
-    code, _, _ = cli(
-        "tokenize", tmp_path / "list.csv", "-o", tmp_path / "t.parquet", "--columns", "label,caption"
-    )
+    code, _, _ = cli("tokenize", tmp_path / "list.csv", "-o", tmp_path / "t.parquet", "--columns", "label,caption")
     assert code == 0
     table = pq.read_table(tmp_path / "t.parquet")
     assert table.column("label").to_pylist() == ["normal", None]

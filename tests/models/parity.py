@@ -91,9 +91,7 @@ class Golden:
     def error(self, name: str, value: torch.Tensor) -> float:
         """Largest difference over the stored part, as a share of the full array's largest magnitude."""
         stats = self.meta["arrays"][name]
-        assert list(value.shape) == stats["shape"], (
-            f"{name}: {tuple(value.shape)} instead of {stats['shape']}"
-        )
+        assert list(value.shape) == stats["shape"], f"{name}: {tuple(value.shape)} instead of {stats['shape']}"
         part = value.detach().double()[tuple(slice(None, None, step) for step in stats["step"])]
         return float((part - self[name].double()).abs().max() / stats["absmax"])
 
@@ -115,6 +113,4 @@ class Golden:
 
     @functools.cached_property
     def state(self) -> dict[str, torch.Tensor]:
-        return {
-            t["key"]: torch.from_numpy(weight(t["key"], tuple(t["shape"]))) for t in self.manifest["tensors"]
-        }
+        return {t["key"]: torch.from_numpy(weight(t["key"], tuple(t["shape"]))) for t in self.manifest["tensors"]}

@@ -138,13 +138,14 @@ def test_foreign_objects_and_broken_files_are_refused_in_one_line(tmp_path, mode
     whole = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) * 6 // 10])
     (tmp_path / "empty.pth").write_bytes(b"")
-    for name in ("namespace", "cut", "empty"):
+    for name in ("namespace", "cut"):
         with pytest.raises(UnsafeFileError) as caught:
             meditok.convert(tmp_path / f"{name}.pth", tmp_path / "out.safetensors")
         assert "\n" not in str(caught.value)
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"some.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    for name in ("list", "other", "absent"):
+    (tmp_path / "picture.pth").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    for name in ("list", "other", "absent", "empty", "picture"):
         with pytest.raises(BadInputError):
             meditok.convert(tmp_path / f"{name}.pth", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

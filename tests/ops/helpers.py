@@ -62,9 +62,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
     path = str(Path(meditok.__file__).resolve().parents[1])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=300
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=300)
 
 
 def adversarial_codebooks(codes: int, width: int) -> dict[str, torch.Tensor]:
@@ -109,9 +107,7 @@ def near_ties(codes: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Te
         column = generator.integers(width)
         for _ in range(generator.integers(0, 3)):
             row[column] = np.nextafter(row[column], np.float32(np.inf if generator.integers(2) else -np.inf))
-    x = base[generator.integers(len(base), size=64)] + 0.3 * generator.standard_normal((64, width)).astype(
-        np.float32
-    )
+    x = base[generator.integers(len(base), size=64)] + 0.3 * generator.standard_normal((64, width)).astype(np.float32)
     return torch.from_numpy(x)[:, None].contiguous(), torch.from_numpy(rows)[None].contiguous()
 
 

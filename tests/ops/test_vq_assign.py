@@ -54,9 +54,7 @@ def test_it_equals_the_one_line_of_pytorch():
 def test_rows_around_the_register_tile(level, metric, rows):
     """Row counts around tile and block edges change nothing."""
     x, codebook = randn(rows, 2, 8), randn(2, 257, 8, seed=1)
-    assert_same_ids(
-        ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric)
-    )
+    assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -64,9 +62,7 @@ def test_rows_around_the_register_tile(level, metric, rows):
 def test_codes_around_the_code_tile(level, metric, codes):
     """K need not be a multiple of anything; K = 0 gives -1."""
     x, codebook = randn(13, 1, 4), randn(1, codes, 4, seed=1)
-    assert_same_ids(
-        ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric)
-    )
+    assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -74,9 +70,7 @@ def test_codes_around_the_code_tile(level, metric, codes):
 def test_every_width(level, metric, width):
     """C from 0 to 2,048."""
     x, codebook = randn(9, 2, width), randn(2, 70, width, seed=1)
-    assert_same_ids(
-        ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric)
-    )
+    assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -85,9 +79,7 @@ def test_every_width(level, metric, width):
 def test_every_dtype_and_scale(level, metric, dtype, scale):
     """Inputs are upcast exactly; huge ones (infinite in float16) and tiny ones follow the same rule."""
     x, codebook = randn(40, 2, 8, dtype=dtype, scale=scale), randn(2, 100, 8, seed=1, dtype=dtype)
-    assert_same_ids(
-        ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric)
-    )
+    assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
     mixed = codebook.float()
     assert_same_ids(ops.vq_assign(x, mixed, metric=metric), reference.vq_assign(x, mixed, metric=metric))
 
@@ -100,9 +92,7 @@ def test_adversarial_codebooks(level, metric, name):
     ordinary = randn(40, 1, 8, seed=3)
     rows = [ordinary, torch.zeros(1, 1, 8), codebook[0, 5:9, None], ordinary * 1e20, ordinary * 1e-20]
     x = torch.cat(rows)
-    assert_same_ids(
-        ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric), name
-    )
+    assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric), name)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -131,9 +121,7 @@ def test_any_shape_dtype_and_grid_of_values(level, rows, groups, codes, width, m
     if whole:
         x, codebook = x.round(), codebook.round()
     x, codebook = x.to(dtypes[0]), codebook.to(dtypes[1])
-    assert_same_ids(
-        ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric)
-    )
+    assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -22,9 +22,7 @@ def test_rows_are_bit_equal_to_the_reference(metric, dtype, width):
     for scale in (1.0, 1e-6, 3e4):
         codebook = randn(2, 50, width, dtype=dtype, scale=scale)
         ids = torch.randint(50, (70, 2), generator=torch.Generator().manual_seed(1))
-        assert_same_bits(
-            ops.vq_lookup(ids, codebook, metric=metric), reference.vq_lookup(ids, codebook, metric=metric)
-        )
+        assert_same_bits(ops.vq_lookup(ids, codebook, metric=metric), reference.vq_lookup(ids, codebook, metric=metric))
 
 
 def test_it_equals_the_one_line_of_pytorch():

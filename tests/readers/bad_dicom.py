@@ -49,15 +49,11 @@ def b9_no_syntax(folder: Path) -> Path:
 
 
 def b10_mpeg(folder: Path) -> Path:
-    return dicom.write(
-        folder / "mpeg.dcm", dicom.dataset(noise(32, 32), "US"), "1.2.840.10008.1.2.4.102", [b"\0" * 64]
-    )
+    return dicom.write(folder / "mpeg.dcm", dicom.dataset(noise(32, 32), "US"), "1.2.840.10008.1.2.4.102", [b"\0" * 64])
 
 
 def b10_private(folder: Path) -> Path:
-    return dicom.write(
-        folder / "private.dcm", dicom.dataset(noise(32, 32), "US"), "1.2.826.0.1.999.4.5", [b"\0" * 64]
-    )
+    return dicom.write(folder / "private.dcm", dicom.dataset(noise(32, 32), "US"), "1.2.826.0.1.999.4.5", [b"\0" * 64])
 
 
 def b11_deflated_bomb(folder: Path) -> Path:
@@ -82,9 +78,7 @@ def b12_no_end(folder: Path) -> Path:
 
 
 def b12_pixels_without_end(folder: Path) -> Path:
-    path = dicom.write(
-        folder / "nodelim.dcm", dicom.dataset(noise(32, 32), "US"), "1.2.840.10008.1.2.5", [b"\0" * 200]
-    )
+    path = dicom.write(folder / "nodelim.dcm", dicom.dataset(noise(32, 32), "US"), "1.2.840.10008.1.2.5", [b"\0" * 200])
     path.write_bytes(path.read_bytes()[:-8])
     return path
 
@@ -128,9 +122,7 @@ def b15_width_negative(folder: Path) -> Path:
 
 
 def b16_slope_zero(folder: Path) -> Path:
-    data = dicom.dataset(
-        noise(32, 32, dtype=np.uint16, top=4000), "CT", RescaleSlope=0, RescaleIntercept=-1024
-    )
+    data = dicom.dataset(noise(32, 32, dtype=np.uint16, top=4000), "CT", RescaleSlope=0, RescaleIntercept=-1024)
     return dicom.write(folder / "slope0.dcm", data)
 
 

@@ -26,9 +26,7 @@ from tests.readers.bad_pictures import noise
 def test_shapes_that_are_images(shape, count):
     """Each becomes a list of float32 (3, 8, 9)."""
     found = to_pixels(noise(*shape))
-    assert len(found) == count and all(
-        pixels.shape == (3, 8, 9) and pixels.dtype == torch.float32 for pixels in found
-    )
+    assert len(found) == count and all(pixels.shape == (3, 8, 9) and pixels.dtype == torch.float32 for pixels in found)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,7 @@ from tests.readers.bad_inputs import BAD_INPUTS
 _READ = [entry for entry in BAD_INPUTS if not entry[0].startswith("B30")]
 
 
-@pytest.mark.parametrize(
-    ("name", "make", "error", "code", "options"), _READ, ids=[entry[0] for entry in _READ]
-)
+@pytest.mark.parametrize(("name", "make", "error", "code", "options"), _READ, ids=[entry[0] for entry in _READ])
 def test_frames_raises_the_named_error_in_one_line(tmp_path, name, make, error, code, options):
     """The error has the stated class and exit code; its message starts with the path and is one line."""
     path = make(tmp_path)
@@ -64,7 +62,5 @@ def test_bombs_stop_under_a_gibibyte_and_five_seconds(tmp_path, name):
         except UnsafeFileError:
             print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     """)
-    out = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.split()
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert float(out[0]) < 5 and float(out[1]) < 1.0, out

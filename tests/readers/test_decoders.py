@@ -65,9 +65,7 @@ def test_without_the_decoder_the_error_names_syntax_uid_and_extra():
             except MissingDecoderError as error:
                 print(file, error.exit_code, error)
     """)
-    out = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(out) == len(SYNTAXES)
     for line in out:
         file = line.split()[0]
@@ -75,17 +73,10 @@ def test_without_the_decoder_the_error_names_syntax_uid_and_extra():
             assert line.endswith("read")
             continue
         syntax = pydicom.dcmread(FILES / file, stop_before_pixels=True).file_meta.TransferSyntaxUID
-        assert (
-            line.split()[1] == "4"
-            and syntax.name in line
-            and f"({syntax})" in line
-            and "meditok[dicom]" in line
-        )
+        assert line.split()[1] == "4" and syntax.name in line and f"({syntax})" in line and "meditok[dicom]" in line
 
 
-@pytest.mark.parametrize(
-    "uid", ["1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.80"]
-)
+@pytest.mark.parametrize("uid", ["1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.80"])
 def test_htj2k_mpeg_and_jpeg_ls_are_named_when_nothing_decodes_them(tmp_path, monkeypatch, uid):
     """Also for syntaxes that pydicom itself does not know."""
     path = dicom.write(tmp_path / "a.dcm", dicom.dataset(np.zeros((8, 8), np.uint8), "US"), uid, [b"\0" * 32])
@@ -193,9 +184,7 @@ def test_colour_bars_come_back_as_rgb_whichever_decoder_is_present(tmp_path, mon
         monkeypatch.setattr(decoder, "_available", {plugin: decoder._available[plugin]})
     image = read(path)
     middles = to_display8(image.pixels).permute(1, 2, 0)[16, 4::8].numpy().astype(int)
-    loss = (
-        0 if kind in ("RGB", "RGB planar", "PALETTE COLOR", "J2K YBR_RCT") else 3 if encoded is None else 12
-    )
+    loss = 0 if kind in ("RGB", "RGB planar", "PALETTE COLOR", "J2K YBR_RCT") else 3 if encoded is None else 12
     assert np.abs(middles - BARS.astype(int)).max() <= loss, middles
     assert (image.channels, image.low, image.high, image.unit) == (3, 0.0, 255.0, "display")
 

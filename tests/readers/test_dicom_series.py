@@ -13,9 +13,7 @@ from tests.readers.bad_pictures import noise
 
 def write_slice(path, z, instance, pixels=None, **tags):
     pixels = np.full((16, 16), int(100 + z), np.uint16) if pixels is None else pixels
-    return dicom.write(
-        path, dicom.dataset(pixels, tags.pop("modality", "CT"), **dicom.slice_tags(z, instance, **tags))
-    )
+    return dicom.write(path, dicom.dataset(pixels, tags.pop("modality", "CT"), **dicom.slice_tags(z, instance, **tags)))
 
 
 def series(folder, heights, **tags):
@@ -29,9 +27,9 @@ def test_slices_are_sorted_by_position_not_by_name(tmp_path):
     found = discover([tmp_path])
     assert len(found.sources) == 1 and not found.warnings
     images = [row.image for row in found.sources[0].rows()]
-    assert [image.position for image in images] == [0, 2, 4, 6, 8] and [
-        image.slice for image in images
-    ] == list(range(5))
+    assert [image.position for image in images] == [0, 2, 4, 6, 8] and [image.slice for image in images] == list(
+        range(5)
+    )
     assert len({image.geometry for image in images}) == 1 and len({image.volume for image in images}) == 1
     assert images[0].geometry.original_shape == (16, 16, 5) and images[0].geometry.spacing == (1.0, 1.0, 2.0)
 
@@ -90,9 +88,7 @@ def test_without_pixel_spacing_slices_are_sorted_but_no_volume_is_claimed(tmp_pa
     found = discover([tmp_path])
     images = [row.image for row in found.sources[0].rows()]
     assert [image.position for image in images] == [0, 2, 4]
-    assert "PixelSpacing" in found.warnings[0] and all(
-        not i.volume and i.geometry.affine is None for i in images
-    )
+    assert "PixelSpacing" in found.warnings[0] and all(not i.volume and i.geometry.affine is None for i in images)
 
 
 def test_mr_percentiles_hold_for_the_whole_series(tmp_path):

@@ -70,10 +70,7 @@ def test_monochrome1_is_monochrome2_inverted_exactly_and_once(tmp_path):
     shape = read(mr(tmp_path / "s.dcm", values, PresentationLUTShape="INVERSE", **tags))
     for inverted in (one, both, shape):
         assert torch.equal(inverted.pixels, -plain.pixels)
-        assert (
-            inverted.steps[-1].startswith("invert")
-            and sum(s.startswith("invert") for s in inverted.steps) == 1
-        )
+        assert inverted.steps[-1].startswith("invert") and sum(s.startswith("invert") for s in inverted.steps) == 1
         native = to_native(inverted.pixels[0], inverted.low, inverted.high, inverted.steps)
         inside = (values >= inverted.low) & (values <= inverted.high)
         assert np.allclose(native.numpy()[inside], values[inside], atol=0.01)
@@ -82,9 +79,7 @@ def test_monochrome1_is_monochrome2_inverted_exactly_and_once(tmp_path):
 def test_linear_exact_and_sigmoid_follow_the_standard(tmp_path):
     """LINEAR_EXACT spans centre ± width/2; SIGMOID is 1 / (1 + exp(-4 (x - c) / w))."""
     values = np.array([[0, 50], [100, 150]], np.uint16)
-    exact = read(
-        mr(tmp_path / "e.dcm", values, WindowCenter=75, WindowWidth=150, VOILUTFunction="LINEAR_EXACT")
-    )
+    exact = read(mr(tmp_path / "e.dcm", values, WindowCenter=75, WindowWidth=150, VOILUTFunction="LINEAR_EXACT"))
     assert (exact.low, exact.high) == (0.0, 150.0)
     sigmoid = read(mr(tmp_path / "s.dcm", values, WindowCenter=75, WindowWidth=150, VOILUTFunction="SIGMOID"))
     expected = 2 / (1 + np.exp(-4 * (values - 75.0) / 150)) - 1
@@ -137,14 +132,10 @@ def test_padding_is_masked_before_rescale_and_shown_as_minus_one(tmp_path):
 def test_ct_without_rescale_is_taken_as_hu_with_a_warning_and_a_record(tmp_path):
     """Slope 1 and intercept 0 are assumed for a CT SOP class only."""
     values = np.array([[-1000, 0], [65, 900]], np.int16)
-    path = dicom.write(
-        tmp_path / "n.dcm", dicom.dataset(values, "CT", RescaleSlope=None, RescaleIntercept=None)
-    )
+    path = dicom.write(tmp_path / "n.dcm", dicom.dataset(values, "CT", RescaleSlope=None, RescaleIntercept=None))
     image = read(path)
     assert image.pixels[0, 1, 0].item() == np.float32(0.065)
-    assert any("assumed" in note for note in image.warnings) and any(
-        "assumed" in step for step in image.steps
-    )
+    assert any("assumed" in note for note in image.warnings) and any("assumed" in step for step in image.steps)
 
 
 def test_rescale_beyond_16_bits_does_not_wrap(tmp_path):
@@ -182,9 +173,9 @@ def test_two_frames_with_slopes_3_and_7_give_different_results(tmp_path):
         outer.PixelValueTransformationSequence = [inner]
         data.PerFrameFunctionalGroupsSequence.append(outer)
     first, second = frames(dicom.write(tmp_path / "e.dcm", data))
-    assert [
-        to_native(image.pixels, image.low, image.high).max().item() for image in (first, second)
-    ] == pytest.approx([-200, 200])
+    assert [to_native(image.pixels, image.low, image.high).max().item() for image in (first, second)] == pytest.approx(
+        [-200, 200]
+    )
 
 
 def test_radiographs_use_window_then_the_range_of_bits_stored(tmp_path):
@@ -264,9 +255,7 @@ def test_percentiles_taken_piece_by_piece_are_numpys(dtype):
     for piece in np.array_split(values, 7):
         found.add(piece)
     for low, high in ((0.5, 99.5), (0, 100), (25, 75)):
-        assert found.percentiles(low, high) == pytest.approx(
-            tuple(np.percentile(values, [low, high])), abs=1e-4
-        )
+        assert found.percentiles(low, high) == pytest.approx(tuple(np.percentile(values, [low, high])), abs=1e-4)
     thin = ValueStatistics(capacity=1000)
     thin.add(values.astype(np.float32))
     assert thin.thinned == 16 and thin.percentiles(25, 75) == pytest.approx(found.percentiles(25, 75), abs=6)

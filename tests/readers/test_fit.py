@@ -35,9 +35,7 @@ def test_every_size_fits_and_comes_back_at_its_size(height, width, mode):
     image = picture(height, width)
     pieces = fit(image, 32, mode)
     for piece in pieces:
-        assert (
-            piece.pixels.shape == (3, 32, 32) and piece.pixels.is_contiguous() and piece.geometry.fit == mode
-        )
+        assert piece.pixels.shape == (3, 32, 32) and piece.pixels.is_contiguous() and piece.geometry.fit == mode
         back = unfit(piece.pixels, piece.geometry)
         expected = (3, *piece.tile[2:]) if mode == "tile" else (3, height, width)
         assert back.shape == expected and back.abs().max() <= 1

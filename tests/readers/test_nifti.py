@@ -21,9 +21,7 @@ from tests.readers.bad_volumes import nifti
 
 CT = {"modality": "ct", "window": "-1000:1000"}
 ORIENTATIONS = [
-    (order, signs)
-    for order in itertools.permutations(range(3))
-    for signs in itertools.product((1, -1), repeat=3)
+    (order, signs) for order in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
 ]
 
 
@@ -46,9 +44,7 @@ def oriented(path, order, signs, shape=(5, 6, 7)):
 
 
 @pytest.mark.parametrize(("order", "signs"), ORIENTATIONS)
-def test_a_marked_corner_is_shown_where_radiologists_look_and_comes_back_to_its_world_point(
-    tmp_path, order, signs
-):
+def test_a_marked_corner_is_shown_where_radiologists_look_and_comes_back_to_its_world_point(tmp_path, order, signs):
     """In all 48 axis orders and all planes: right at the left, anterior or superior up, exact way back."""
     world = oriented(tmp_path / "v.nii", order, signs)
     # The corner is right-most, front-most, top-most: at the top left in every plane.
@@ -200,9 +196,7 @@ def test_percentiles_are_those_of_the_whole_volume(tmp_path):
     """The same window for every slice, equal to numpy's percentiles."""
     data = np.random.default_rng(0).normal(100, 30, (9, 10, 11)).astype(np.float32)
     images = list(frames(nifti(tmp_path / "p.nii.gz", data), modality="mr"))
-    assert {(image.low, image.high) for image in images} == {
-        tuple(np.percentile(data.astype(np.float64), [0.5, 99.5]))
-    }
+    assert {(image.low, image.high) for image in images} == {tuple(np.percentile(data.astype(np.float64), [0.5, 99.5]))}
 
 
 def test_a_volume_is_read_slice_by_slice(tmp_path):
@@ -223,17 +217,13 @@ def test_a_volume_is_read_slice_by_slice(tmp_path):
         read({str(path)!r}, frame=401, modality="ct", plane="axial")
         print(before / 2**10, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     """)
-    out = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.split()
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert float(out[1]) < 600
 
 
 def test_two_gzip_members_are_one_stream(tmp_path):
     """As gzip allows."""
-    raw = gzip.decompress(
-        nifti(tmp_path / "a.nii.gz", np.arange(64, dtype=np.int16).reshape(4, 4, 4)).read_bytes()
-    )
+    raw = gzip.decompress(nifti(tmp_path / "a.nii.gz", np.arange(64, dtype=np.int16).reshape(4, 4, 4)).read_bytes())
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(raw[:400]) + gzip.compress(raw[400:]))
     one, two = (list(frames(tmp_path / name, modality="mr")) for name in ("a.nii.gz", "b.nii.gz"))
     assert all(torch.equal(x.pixels, y.pixels) for x, y in zip(one, two, strict=True))

@@ -21,12 +21,7 @@ def with_chunk(path, kind: bytes, body: bytes):
     """Insert a chunk after IHDR."""
     raw = path.read_bytes()
     path.write_bytes(
-        raw[:33]
-        + struct.pack(">I", len(body))
-        + kind
-        + body
-        + struct.pack(">I", zlib.crc32(kind + body))
-        + raw[33:]
+        raw[:33] + struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) + raw[33:]
     )
     return path
 
@@ -130,9 +125,7 @@ def test_a_white_is_zero_tiff_is_turned_over(tmp_path):
         at = raw.index(struct.pack("<HHI", 262, 3, 1))
         (tmp_path / name).write_bytes(raw[: at + 8] + b"\0\0" + raw[at + 10 :])
         top = np.iinfo(values.dtype).max
-        assert np.allclose(
-            read(tmp_path / name).pixels[0], (top - values.astype(float)) / top * 2 - 1, atol=1e-4
-        )
+        assert np.allclose(read(tmp_path / name).pixels[0], (top - values.astype(float)) / top * 2 - 1, atol=1e-4)
 
 
 def test_shifted_hu_in_a_16_bit_png_need_the_bias(tmp_path):

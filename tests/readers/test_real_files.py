@@ -22,10 +22,7 @@ def test_every_dicom_reads():
     found = discover([shared() / "dicom"], ReadOptions(include_secondary=True))
     assert not found.failed and not found.ignored
     rows = [row for source in found.sources for row in source.rows()]
-    assert (
-        not [row.error for row in rows if row.error]
-        and len({row.name.partition("#")[0] for row in rows}) == 33
-    )
+    assert not [row.error for row in rows if row.error] and len({row.name.partition("#")[0] for row in rows}) == 33
     for row in rows:
         assert row.image.pixels.abs().max() <= 1 and row.image.pixels.std() > 0 and row.image.steps
         assert (row.image.unit == "HU") == (row.image.modality == "ct")

@@ -28,9 +28,7 @@ def test_a_mixed_folder_is_sorted_out_completely(tmp_path):
     (tmp_path / "x").mkdir()
     png(tmp_path / "x" / "a.png", noise(8, 8))
     nifti(tmp_path / "v.nii.gz", np.arange(27, dtype=np.int16).reshape(3, 3, 3))
-    dicom.write(
-        tmp_path / "s.dcm", dicom.dataset(noise(8, 8, dtype=np.uint16), "CT", **dicom.slice_tags(0, 1))
-    )
+    dicom.write(tmp_path / "s.dcm", dicom.dataset(noise(8, 8, dtype=np.uint16), "CT", **dicom.slice_tags(0, 1)))
     b19_rtstruct(tmp_path)
     b19_secondary(tmp_path)
     (tmp_path / "README.md").write_text("hello")
@@ -76,18 +74,14 @@ def test_a_manifest_gives_modality_columns_and_ids(tmp_path):
     rows = [("a.png", "Ultrasound", "p1", "benign", ""), ("ct.png", "CT", "p2", "", "1024")]
     text = "identifier,modality,group,label,ct_bias\n" + "\n".join(",".join(row) for row in rows)
     (tmp_path / "list.csv").write_text(text)
-    columns = dict(
-        zip(["path", "modality", "group", "label", "ct_bias"], zip(*rows, strict=True), strict=True)
-    )
+    columns = dict(zip(["path", "modality", "group", "label", "ct_bias"], zip(*rows, strict=True), strict=True))
     columns["ct_bias"] = [None, 1024.0]
     pq.write_table(pa.table(columns), tmp_path / "list.parquet")
     for manifest in ("list.csv", "list.parquet"):
         found = discover([tmp_path / manifest])
         images = {row.name: row for source in found.sources for row in source.rows()}
         assert images["a.png#0"].image.modality == "us" and images["a.png#0"].columns["group"] == "p1"
-        assert images["ct.png#0"].image.unit == "HU" and images["ct.png#0"].image.pixels[
-            0, 0, 0
-        ] == np.float32(0.065)
+        assert images["ct.png#0"].image.unit == "HU" and images["ct.png#0"].image.pixels[0, 0, 0] == np.float32(0.065)
     (tmp_path / "ids.csv").write_text("path,id\na.png,one\n")
     assert names(discover([tmp_path / "ids.csv"])) == ["one#0"]
 
@@ -123,10 +117,7 @@ def test_a_webdataset_tar_is_read_in_memory_with_its_sidecars(tmp_path):
     )
     found = discover([path])
     rows = {row.name: row for source in found.sources for row in source.rows()}
-    assert (
-        rows["t.tar/k1.png#0"].image.modality == "ct"
-        and rows["t.tar/k1.png#0"].columns["caption"] == "a slice"
-    )
+    assert rows["t.tar/k1.png#0"].image.modality == "ct" and rows["t.tar/k1.png#0"].columns["caption"] == "a slice"
     assert isinstance(rows["t.tar/k2.png#0"].error, IntensityError)
     assert len(found.ignored) == 1 and sorted(item.name for item in tmp_path.iterdir()) == ["t.tar"]
 
@@ -195,8 +186,6 @@ def test_importing_the_readers_loads_no_format_library():
     formats = ("PIL", "pydicom", "nibabel", "pyarrow")
     script = f"import sys, meditok.data; print([m for m in {formats!r} if m in sys.modules])"
     assert (
-        subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
         == "[]"
     )

@@ -22,9 +22,7 @@ def make_tokens():
     """make(rows, info=INFO, **fields): Tokens with random ids and full descriptions."""
 
     def make(rows=5, info=INFO, seed=0, **fields):
-        ids = np.random.default_rng(seed).integers(
-            0, info.codebook_size, (rows, info.num_codebooks, info.positions)
-        )
+        ids = np.random.default_rng(seed).integers(0, info.codebook_size, (rows, info.num_codebooks, info.positions))
         geometry = Geometry((40, 64), fit="pad", scale_y=1.6, scale_x=1.0, pad=(0, 0, 2, 2))
         placed = Geometry(
             (40, 64, 9), 2, "axial", spacing=(1.0, 1.0, 2.5), affine=tuple(np.diag([-1, -1, 2.5, 1]).ravel())

@@ -182,9 +182,7 @@ def test_a_range_error_names_smallest_largest_and_k(make_tokens):
     tokens = make_tokens()
     ids = tokens.ids.clone()
     ids[2, 3, 5] = 5000
-    with pytest.raises(
-        TokenRangeError, match=r"to 5000, first bad one in row 2, codebook 3, position 5.*K = 4096"
-    ):
+    with pytest.raises(TokenRangeError, match=r"to 5000, first bad one in row 2, codebook 3, position 5.*K = 4096"):
         Tokens(ids, tokens.rows, tokens.info)
 
 

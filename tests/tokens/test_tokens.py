@@ -19,9 +19,7 @@ from meditok.tokens import Description, TokenInfo, Tokens
     st.sampled_from(["position", "codebook"]),
     st.booleans(),
 )
-def test_a_sequence_comes_back_as_the_tokens_it_was_made_of(
-    rows, groups, height, width, codes, order, offsets
-):
+def test_a_sequence_comes_back_as_the_tokens_it_was_made_of(rows, groups, height, width, codes, order, offsets):
     info = TokenInfo("m", "a", "b", groups, codes, (height, width))
     ids = torch.randint(0, codes, (rows, groups, height * width))
     tokens = Tokens(ids, [Description(str(i), 16 * height, 16 * width) for i in range(rows)], info)

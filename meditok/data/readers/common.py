@@ -24,22 +24,17 @@ def replace_nonfinite(
         return values, []
     if policy == "error":
         raise NonFiniteError(
-            f"{where}: {bad} of {values.size} values are NaN or infinite; repair the file or pass "
-            "--nonfinite zero|min"
+            f"{where}: {bad} of {values.size} values are NaN or infinite; repair the file or pass --nonfinite zero|min"
         )
     if policy == "min":
         if minimum is None or not np.isfinite(minimum):
             if bad == values.size:
-                raise NonFiniteError(
-                    f"{where}: all {bad} values are NaN or infinite, so there is no minimum to take"
-                )
+                raise NonFiniteError(f"{where}: all {bad} values are NaN or infinite, so there is no minimum to take")
             minimum = float(values[finite].min())
         fill = minimum
     else:
         fill = 0.0
-    return np.where(finite, values, values.dtype.type(fill)), [
-        f"nonfinite {policy}: {bad} values set to {fill:g}"
-    ]
+    return np.where(finite, values, values.dtype.type(fill)), [f"nonfinite {policy}: {bad} values set to {fill:g}"]
 
 
 def choose_window(

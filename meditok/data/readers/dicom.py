@@ -103,9 +103,7 @@ class DicomFile:
                 f"{self.where}: ct needs HU; RescaleType (0028,1054) is {found.unit}; give the HU series"
             )
         if not header.signed and header.stored_bits == 16 and found.values.max() > 32767 - 2048:
-            found.notes.append(
-                "values above 30000 HU: signed data may be marked unsigned (PixelRepresentation)"
-            )
+            found.notes.append("values above 30000 HU: signed data may be marked unsigned (PixelRepresentation)")
         found.unit = "HU"
 
     def voi(self, frame: int):
@@ -131,9 +129,7 @@ class DicomSeries:
                 slices += slices_of(self._file(blob).header)
         self.slots, self.warnings = arrange(slices)
         self.where = (
-            blobs[0].label
-            if len(blobs) == 1
-            else f"series of {len(blobs)} files beginning with {blobs[0].label}"
+            blobs[0].label if len(blobs) == 1 else f"series of {len(blobs)} files beginning with {blobs[0].label}"
         )
         first = slices[0]
         self.modality, self.syntax = first.modality, first.syntax
@@ -194,9 +190,7 @@ class DicomSeries:
         def own():
             voi = file.voi(source.frame)
             if voi is None:
-                raise IntensityError(
-                    f"{file.where}: holds no window of its own; use another --window than file"
-                )
+                raise IntensityError(f"{file.where}: holds no window of its own; use another --window than file")
             return voi
 
         window = choose_window(
@@ -216,9 +210,7 @@ class DicomSeries:
         if file.inverted and pixels.ndim == 2:
             np.negative(pixels, out=pixels)
             steps.append(
-                "invert MONOCHROME1"
-                if file.header.photometric == "MONOCHROME1"
-                else "invert PresentationLUTShape"
+                "invert MONOCHROME1" if file.header.photometric == "MONOCHROME1" else "invert PresentationLUTShape"
             )
         if real.padding is not None:
             pixels[real.padding] = -1.0

@@ -103,9 +103,7 @@ class Header:
             with quiet():
                 self.dataset = read_dataset(io.BytesIO(body), self.layout.implicit, self.layout.little)
         except PARSER_ERRORS as error:
-            raise CorruptImageError(
-                f"{self.where}: the DICOM header cannot be parsed; the file is damaged"
-            ) from error
+            raise CorruptImageError(f"{self.where}: the DICOM header cannot be parsed; the file is damaged") from error
         self.syntax = pydicom.uid.UID(self.layout.syntax)
         self.sop_class = self.text(self.dataset, "SOPClassUID")
 
@@ -126,9 +124,7 @@ class Header:
         value = self.value(item, keyword)
         if value is None:
             return []
-        values = (
-            list(value) if hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) else [value]
-        )
+        values = list(value) if hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) else [value]
         try:
             numbers = [float(entry) for entry in values]
         except (TypeError, ValueError) as error:

@@ -48,8 +48,7 @@ class PixelReader:
         expected = (self._frame_bits * header.frames + 7) // 8
         if layout.available < min(layout.length, expected):
             raise TruncatedDicomError(
-                f"{self.where}: pixel data has {layout.available} bytes of {expected} expected; get "
-                "the file again"
+                f"{self.where}: pixel data has {layout.available} bytes of {expected} expected; get the file again"
             )
         if layout.length < expected:
             raise header.mismatch(
@@ -57,9 +56,7 @@ class PixelReader:
                 "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames",
             )  # fmt: skip
         excess = layout.length - expected + layout.trailing
-        if excess * 8 >= self._frame_bits and any(
-            self._slice(layout.value + expected, layout.available - expected)
-        ):
+        if excess * 8 >= self._frame_bits and any(self._slice(layout.value + expected, layout.available - expected)):
             raise header.mismatch(
                 f"ask for {expected} bytes of pixel data, {layout.length} are there and are not padding",
                 "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames",
@@ -135,8 +132,7 @@ class PixelReader:
         table = self._extended_table() or self.layout.table
         if len(fragments) < frames:
             raise TruncatedDicomError(
-                f"{self.where}: pixel data holds {len(fragments)} frames of {frames} expected; get "
-                "the file again"
+                f"{self.where}: pixel data holds {len(fragments)} frames of {frames} expected; get the file again"
             )
         if frames == 1:
             return [fragments]
@@ -153,9 +149,7 @@ class PixelReader:
             ]
             groups = self._grouped(fragments, [True, *ends[:-1]])
         if len(groups) != frames:
-            raise header.mismatch(
-                f"says {frames}, the pixel data holds {len(groups)} frames", "NumberOfFrames"
-            )
+            raise header.mismatch(f"says {frames}, the pixel data holds {len(groups)} frames", "NumberOfFrames")
         return groups
 
     def _extended_table(self) -> list[int]:
@@ -186,11 +180,7 @@ class PixelReader:
                 f"{header.columns}, the compressed "
                 f"frame {index} is {size[0]} x {size[1]}; repair the header"
             )
-        item = (
-            struct.pack("<HHI", 0xFFFE, 0xE000, len(stream) + len(stream) % 2)
-            + stream
-            + b"\0" * (len(stream) % 2)
-        )
+        item = struct.pack("<HHI", 0xFFFE, 0xE000, len(stream) + len(stream) % 2) + stream + b"\0" * (len(stream) % 2)
         source = struct.pack("<HHI", 0xFFFE, 0xE000, 0) + item + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
         options = {
             "rows": header.rows, "columns": header.columns, "samples_per_pixel": header.samples,
@@ -203,9 +193,7 @@ class PixelReader:
         for plugin in sorted(self._decoder.available_plugins, key=_plugin_rank):
             try:
                 with quiet():
-                    array, after = self._decoder.as_array(
-                        source, index=0, raw=True, decoding_plugin=plugin, **options
-                    )
+                    array, after = self._decoder.as_array(source, index=0, raw=True, decoding_plugin=plugin, **options)
                 return array, str(after["photometric_interpretation"])
             except PARSER_ERRORS as error:
                 failures.append(error)

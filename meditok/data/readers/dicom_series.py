@@ -46,9 +46,7 @@ class Slice:
     @property
     def key(self) -> tuple:
         """Slices with equal keys may form one volume."""
-        turned = (
-            None if self.orientation is None else tuple(round(value, 3) + 0.0 for value in self.orientation)
-        )
+        turned = None if self.orientation is None else tuple(round(value, 3) + 0.0 for value in self.orientation)
         spacing = None if self.spacing is None else tuple(round(value, 4) for value in self.spacing)
         return self.series, self.modality, self.rows, self.columns, turned, spacing
 
@@ -121,9 +119,7 @@ def arrange(slices: list[Slice]) -> tuple[list[Slot], list[str]]:
         groups[item.key].append(item)
     slots, warnings = [], []
     if len({key[0] for key in groups}) < len(groups):
-        warnings.append(
-            f"one series holds {len(groups)} orientations, sizes or spacings; each is its own volume"
-        )
+        warnings.append(f"one series holds {len(groups)} orientations, sizes or spacings; each is its own volume")
     for members in groups.values():
         placed, notes = _arrange_group(members)
         slots += placed
@@ -151,9 +147,7 @@ def _arrange_group(members: list[Slice]) -> tuple[list[Slot], list[str]]:
         extra = sum(len(layer) for layer in layers[1:])
         where = ", ".join(f"{heights[id(item)]:.2f}" for item in layers[1][:5])
         more = ", ..." if len(layers[1]) > 5 else ""
-        warnings.append(
-            f"{extra} slices repeat a position (at {where}{more} mm): kept, as volumes of their own"
-        )
+        warnings.append(f"{extra} slices repeat a position (at {where}{more} mm): kept, as volumes of their own")
     slots = []
     for repetition, layer in enumerate(layers):
         key = _volume_key(first, repetition)
@@ -185,9 +179,7 @@ def _volume(layer: list[Slice], heights: list[float], key: str) -> tuple[list[Sl
             for slot in range(before + 1, after)
         ]
         if len(set(indices)) < len(indices):
-            warnings.append(
-                f"slice spacing varies from {steps.min():.3g} to {steps.max():.3g} mm: numbered in order"
-            )
+            warnings.append(f"slice spacing varies from {steps.min():.3g} to {steps.max():.3g} mm: numbered in order")
             indices, missing = list(range(len(layer))), []
         elif missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
@@ -214,6 +206,5 @@ def _volume(layer: list[Slice], heights: list[float], key: str) -> tuple[list[Sl
         affine=tuple(float(value) for value in affine.reshape(-1)),
     )
     return [
-        Slot(item, key, index, height, geometry)
-        for item, index, height in zip(layer, indices, heights, strict=True)
+        Slot(item, key, index, height, geometry) for item, index, height in zip(layer, indices, heights, strict=True)
     ], warnings

@@ -150,9 +150,7 @@ def _lut(header: Header, item, signed: bool) -> tuple[int, int, np.ndarray]:
     else:
         table = np.asarray(header.numbers(item, "LUTData"))
     if len(table) < count:
-        raise header.mismatch(
-            f"disagree: {count} entries announced, {len(table)} there", "LUTDescriptor", "LUTData"
-        )
+        raise header.mismatch(f"disagree: {count} entries announced, {len(table)} there", "LUTDescriptor", "LUTData")
     return first, bits, (table[:count].astype(np.int64) % 65536).astype(np.uint16)
 
 

@@ -22,9 +22,7 @@ EXPLICIT_BE = "1.2.840.10008.1.2.2"
 _NATIVE = {IMPLICIT_LE, EXPLICIT_LE, DEFLATED_LE, EXPLICIT_BE}
 
 PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
-_LONG_VRS = frozenset(
-    (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
-)
+_LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 _UNDEFINED = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _MAX_DEPTH = 64
@@ -90,8 +88,7 @@ def locate(blob: Blob, limits: Limits, assume_syntax: str | None = None) -> Layo
         if explicit == implicit and little:
             layout.implicit = not explicit
             layout.notes.append(
-                f"data set is {'explicit' if explicit else 'implicit'} VR although its transfer "
-                "syntax says otherwise"
+                f"data set is {'explicit' if explicit else 'implicit'} VR although its transfer syntax says otherwise"
             )
     _Walker(layout, blob.label, limits).run()
     return layout
@@ -145,9 +142,7 @@ def _inflate(data, start: int, blob: Blob, limits: Limits) -> bytes:
             limits.check_bytes(len(out), blob.label, compressed)
             deadline.check()
     except zlib.error as error:
-        raise CorruptImageError(
-            f"{blob.label}: the deflated data set is damaged after {len(out)} bytes"
-        ) from error
+        raise CorruptImageError(f"{blob.label}: the deflated data set is damaged after {len(out)} bytes") from error
     if not inflater.eof:
         raise TruncatedDicomError(
             f"{blob.label}: the deflated data set ends early, {len(out)} bytes from {compressed} "
@@ -257,8 +252,7 @@ class _Walker:
                 layout.trailing = self.end - after
             if layout.syntax not in _NATIVE and layout.available < length:
                 raise TruncatedDicomError(
-                    f"{self.where}: PixelData (7FE0,0010) has {layout.available} bytes of {length}; "
-                    "get the file again"
+                    f"{self.where}: PixelData (7FE0,0010) has {layout.available} bytes of {length}; get the file again"
                 )
             return
         layout.encapsulated = True

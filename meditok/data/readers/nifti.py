@@ -78,9 +78,7 @@ class NiftiFile:
                 f"{self.where}: NIfTI header fields dim or datatype are not valid; repair them"
             ) from error
         if bytes(header["magic"]).startswith(b"ni"):
-            raise HeaderMismatchError(
-                f"{self.where}: header of a .hdr/.img pair; convert it to one .nii file"
-            )
+            raise HeaderMismatchError(f"{self.where}: header of a .hdr/.img pair; convert it to one .nii file")
         if self.offset < header.single_vox_offset and self.offset != 0:
             raise HeaderMismatchError(f"{self.where}: vox_offset lies inside the header; repair the header")
         self.offset = max(self.offset, header.single_vox_offset)
@@ -99,9 +97,7 @@ class NiftiFile:
                     f"{self.where}: NIfTI datatype RGBA32 has no stated rule here; convert it to RGB24"
                 )
         elif self.dtype.kind not in "uif":
-            raise IntensityError(
-                f"{self.where}: NIfTI datatype {self.dtype} is not real numbers; save its magnitude"
-            )
+            raise IntensityError(f"{self.where}: NIfTI datatype {self.dtype} is not real numbers; save its magnitude")
         self.expected = self.dtype.itemsize * int(np.prod(self.shape, dtype=object))
         compressed = self.blob.size if self.syntax.endswith("gzip") else None
         self.options.limits.check_bytes(self.expected, self.where, compressed)
@@ -127,9 +123,7 @@ class NiftiFile:
             return
         if slope == 0 or not np.isfinite(slope):
             if not (slope == 0 and inter == 0) and not (np.isnan(slope) and np.isnan(inter)):
-                self.notes.append(
-                    f"scl_slope is {slope:g}: values taken unscaled, as the standard says for 0"
-                )
+                self.notes.append(f"scl_slope is {slope:g}: values taken unscaled, as the standard says for 0")
             return
         if not np.isfinite(inter):
             raise HeaderMismatchError(
@@ -157,9 +151,7 @@ class NiftiFile:
                 qform = np.asarray(self.header.get_qform(), np.float64)
             except (nib.spatialimages.HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
                 if sform is None:
-                    raise GeometryError(
-                        f"{self.where}: the qform is not a rotation; correct the header"
-                    ) from error
+                    raise GeometryError(f"{self.where}: the qform is not a rotation; correct the header") from error
                 self.notes.append("the qform is not a rotation and is ignored; sform used")
         if sform is not None:
             self._affine_name = f"sform code {int(self.header['sform_code'])}"
@@ -207,9 +199,9 @@ class NiftiFile:
                 "expected; "
                 "the file is cut before compression"
             )
-        return np.frombuffer(
-            data, self.dtype, offset=self.offset, count=self.expected // self.dtype.itemsize
-        ).reshape(self.shape, order="F")
+        return np.frombuffer(data, self.dtype, offset=self.offset, count=self.expected // self.dtype.itemsize).reshape(
+            self.shape, order="F"
+        )
 
     def _scaled(self, stored: np.ndarray) -> np.ndarray:
         if self.channels == 3:
@@ -255,13 +247,7 @@ class NiftiFile:
         if self.dtype.kind == "f":
             _ = self.statistics  # counts non-finite voxels of the whole file before the first slice is given
         bias = self.options.ct_bias if ct else None
-        if (
-            ct
-            and bias is None
-            and self.dtype.kind == "u"
-            and self.inter >= 0
-            and self.statistics.minimum >= 0
-        ):
+        if ct and bias is None and self.dtype.kind == "u" and self.inter >= 0 and self.statistics.minimum >= 0:
             self.notes.append("unsigned CT without a value below 0 HU: pass --ct-bias 1024 if 1024 was added")
         if bias:
             steps.append(f"ct bias {bias:g} subtracted")
@@ -281,18 +267,13 @@ class NiftiFile:
     def _full(self) -> Window:
         if self.dtype.kind == "f":
             return Window(self.statistics.minimum, self.statistics.maximum, "full", fixed=False)
-        ends = [
-            float(edge) * self.slope + self.inter
-            for edge in (np.iinfo(self.dtype).min, np.iinfo(self.dtype).max)
-        ]
+        ends = [float(edge) * self.slope + self.inter for edge in (np.iinfo(self.dtype).min, np.iinfo(self.dtype).max)]
         return Window(min(ends), max(ends), "full")
 
     def _display_range(self) -> Window:
         low, high = float(self.header["cal_min"]), float(self.header["cal_max"])
         if not (np.isfinite(low) and np.isfinite(high) and low < high):
-            raise IntensityError(
-                f"{self.where}: cal_min and cal_max hold no window; use another --window than file"
-            )
+            raise IntensityError(f"{self.where}: cal_min and cal_max hold no window; use another --window than file")
         return Window(low, high, "file")
 
     def prepare(self) -> None:
@@ -305,9 +286,7 @@ class NiftiFile:
         volume = self._voxels[..., self.time] if len(self.shape) == 4 else self._voxels
         # basic indexing: take() would first copy the whole Fortran-ordered volume
         stored = np.asarray(volume[(slice(None),) * self.geometry.axis + (index,)])
-        minimum = (
-            self.statistics.minimum if self.options.nonfinite == "min" and self.dtype.kind == "f" else None
-        )
+        minimum = self.statistics.minimum if self.options.nonfinite == "min" and self.dtype.kind == "f" else None
         values, filled = replace_nonfinite(self._scaled(stored), self.options.nonfinite, self.where, minimum)
         if self.channels == 3:
             values = np.moveaxis(geo.to_display(np.moveaxis(values, -1, 0), self.geometry), 0, -1)
@@ -344,7 +323,5 @@ def sidecar_modality(blob: Blob) -> str | None:
     try:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CorruptImageError(
-            f"{blob.label}: its sidecar .json cannot be read; repair or remove it"
-        ) from error
+        raise CorruptImageError(f"{blob.label}: its sidecar .json cannot be read; repair or remove it") from error
     return modality_code(record["Modality"]) if isinstance(record, dict) and "Modality" in record else None

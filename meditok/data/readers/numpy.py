@@ -46,26 +46,18 @@ class ArrayFile:
                 raise ValueError("version")
             shape, fortran, dtype = readers[version](head)
         except (ValueError, SyntaxError, EOFError, TypeError) as error:
-            raise CorruptImageError(
-                f"{self.where}: the .npy header cannot be read; save the array again"
-            ) from error
+            raise CorruptImageError(f"{self.where}: the .npy header cannot be read; save the array again") from error
         if dtype.hasobject:
-            raise UnsafeFileError(
-                f"{self.where}: holds pickled Python objects, which may run code; save plain numbers"
-            )
+            raise UnsafeFileError(f"{self.where}: holds pickled Python objects, which may run code; save plain numbers")
         if dtype.kind not in "uifb":
             raise DtypeError(f"{self.where}: dtype {dtype}; give uint8, uint16 or floats in [-1, 1]")
         expected = dtype.itemsize * int(np.prod(shape, dtype=object))
         held = self.blob.size - head.tell()
         if held < expected:
-            raise CorruptImageError(
-                f"{self.where}: {held} bytes of data of {expected} expected; the file is cut"
-            )
+            raise CorruptImageError(f"{self.where}: {held} bytes of data of {expected} expected; the file is cut")
         order = "F" if fortran else "C"
         if self.blob.is_file and expected:
-            return np.memmap(
-                self.blob.path, dtype=dtype, mode="r", offset=head.tell(), shape=shape, order=order
-            )
+            return np.memmap(self.blob.path, dtype=dtype, mode="r", offset=head.tell(), shape=shape, order=order)
         data = self.blob.read(head.tell(), expected)
         return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)
 

@@ -159,9 +159,7 @@ class PictureFile:
             return np.asarray(picture.convert("RGB")), 8
         if mode in ("P", "PA", "LA", "RGBA", "L", "RGB"):
             return self._flattened(picture, steps, notes), 8
-        raise IntensityError(
-            f"{self.where}: Pillow mode {mode} has no stated rule here; convert it to L or RGB first"
-        )
+        raise IntensityError(f"{self.where}: Pillow mode {mode} has no stated rule here; convert it to L or RGB first")
 
     def _flattened(self, picture, steps: list[str], notes: list[str]) -> np.ndarray:
         """Palette and alpha resolved: uint8 (H, W) or (H, W, 3)."""
@@ -224,9 +222,7 @@ class PictureFile:
         if significant:
             low, high = 0.0, 2.0**significant - 1
         if bits > 1 and top < high / 4 and self.modality != "ct":
-            notes.append(
-                f"the largest value {top:g} is under a quarter of the range {high:g}; --bits may be meant"
-            )
+            notes.append(f"the largest value {top:g} is under a quarter of the range {high:g}; --bits may be meant")
         return low, high
 
     def _hounsfield(self, values, low: float, high: float, steps: list[str]):
