@@ -22,13 +22,13 @@ from ..train.pictures import Picture, manifest_rows, read_pictures
 from .metrics import psnr, ssim
 
 DATA_RANGE = 2.0  # images lie in [-1, 1]
+MIN_IMAGES = 10  # modalities with fewer are shown, and left out of the means
 
 
 @torch.no_grad()
 def evaluate(model: Tokenizer, pictures: list[Picture]) -> dict:
-    """{"modalities": {name: {n, psnr, ssim}}, "psnr", "ssim": means over modalities, "codebook": usage of each}.
-
-    PSNR in dB. Usage is the share of a codebook's codes that these pictures need at all.
+    """{"modalities": {name: {n, psnr, ssim}}, "psnr", "ssim": means over modalities of at least MIN_IMAGES
+    pictures, "codebook": usage of each}. PSNR in dB. Usage: the share of a codebook's codes that these pictures need.
     """
     scores, used = defaultdict(list), torch.zeros(model.codebook.shape[:2], dtype=torch.bool)
     for picture in pictures:
@@ -44,8 +44,8 @@ def evaluate(model: Tokenizer, pictures: list[Picture]) -> dict:
     }
     return {
         "modalities": modalities,
-        "psnr": fmean(m["psnr"] for m in modalities.values()),
-        "ssim": fmean(m["ssim"] for m in modalities.values()),
+        "psnr": fmean(m["psnr"] for m in modalities.values() if m["n"] >= MIN_IMAGES),
+        "ssim": fmean(m["ssim"] for m in modalities.values() if m["n"] >= MIN_IMAGES),
         "codebook": {"usage": used.float().mean(1).tolist()},
     }
 
