@@ -65,3 +65,14 @@ def test_an_image_it_never_saw_comes_back_recognisably(tiny):
     image = transform.resize(data.immunohistochemistry(), (256, 256), anti_aliasing=True)
     x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()[None] * 2 - 1
     assert psnr(x[0], tiny.reconstruct(x)[0].cpu(), 2.0) > 18
+
+
+def test_the_card_and_the_readme_show_the_recorded_measurements(tiny):
+    folder = bundled()["tiny"].parent
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["model_hash"] == tiny.hash
+    card = (folder / "README.md").read_text()
+    readme = Path(__file__).parents[2] / "README.md"
+    for text in [card, readme.read_text()]:
+        for scores in [metrics, *(m for m in metrics["modalities"].values() if m["n"] >= 10)]:
+            assert f"{scores['psnr']:.2f}" in text and f"{scores['ssim']:.3f}" in text
