@@ -88,9 +88,9 @@ def cuda_problem() -> str:
     if not info["compiled"]:
         return "meditok._core was built without CUDA"
     if info["driver"] < info["driver_needed"]:
-        found = _cuda_version(info["driver"]) if info["driver"] else "no driver"
-        needed = _cuda_version(info["driver_needed"])
-        return f"the NVIDIA driver supports CUDA up to {found}, the kernels need {needed}"
+        driver = f"the NVIDIA driver supports CUDA up to {_cuda_version(info['driver'])}"
+        found = driver if info["driver"] else "no NVIDIA driver was found"
+        return f"{found}, the kernels need one for CUDA {_cuda_version(info['driver_needed'])}"
     return ""
 
 
