@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -90,7 +89,7 @@ def from_pretrained(name, *, revision: str | None = None, local_files_only: bool
 
 def bundled() -> dict[str, Path]:
     """Weights that came with the package: model name to safetensors file."""
-    root = Path(str(resources.files("meditok"))) / "weights"
+    root = Path(__file__).parents[1] / "weights"  # importlib.resources looks beside the core of an editable install
     return {path.parent.name: path for path in sorted(root.glob(f"*/{WEIGHTS_FILE}"))}
 
 
