@@ -130,18 +130,15 @@ def _decoders() -> dict:
 
 
 def _models() -> dict:
-    from importlib import resources
-
     from safetensors import safe_open
 
+    from ..models.files import bundled
+
     found = {}
-    folder = resources.files("meditok") / "weights"
-    for path in sorted(folder.iterdir(), key=lambda p: p.name) if folder.is_dir() else []:
-        weights = path / "model.safetensors"
-        if weights.is_file():
-            with safe_open(str(weights), framework="np") as file:
-                config = json.loads((file.metadata() or {}).get("meditok", "{}")).get("config", {})
-            found[path.name] = {"licence": config.get("licence"), "intended_use": config.get("intended_use")}
+    for name, weights in bundled().items():
+        with safe_open(str(weights), framework="np") as file:
+            config = json.loads((file.metadata() or {}).get("meditok", "{}")).get("config", {})
+        found[name] = {"licence": config.get("licence"), "intended_use": config.get("intended_use")}
     return found
 
 
