@@ -48,9 +48,13 @@ class Codes:
 
     @torch.no_grad()
     def start(self) -> None:
-        rows = torch.cat(self.recent)
+        """Put every code on a collected piece; with fewer pieces than codes, on the same one more than once."""
+        if not self.recent:
+            return
+        rows, codes = torch.cat(self.recent), self.codebook.shape[1]
         for g in range(len(self.codebook)):
-            self.codebook[g] = rows[torch.randperm(len(rows))[: self.codebook.shape[1]], g]
+            order = torch.randperm(max(len(rows), codes))[:codes] % len(rows)
+            self.codebook[g] = rows[order, g]
 
     @torch.no_grad()
     def observe(self, ids: torch.Tensor, pieces: torch.Tensor) -> None:
