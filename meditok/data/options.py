@@ -131,10 +131,6 @@ class ReadOptions:
 
         parse_window(self.window)
 
-    def with_modality(self, modality: str | None) -> ReadOptions:
-        """The same options for a file whose manifest row or sidecar states its modality."""
-        return self if modality is None else replace(self, modality=modality)
-
 
 def read_options(options: ReadOptions | None = None, **keywords) -> ReadOptions:
     """ReadOptions from keywords; an unknown name is a UsageError listing the known ones."""

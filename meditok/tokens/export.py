@@ -7,7 +7,7 @@ import gzip
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,12 +43,8 @@ class PictureWriter:
         self._open: dict[str, _Stack] = {}
         self._names: set[str] = set()
 
-    def write_all(self, pictures: Iterable[Restored]) -> None:
-        """Write every picture; a volume is written with its last slice."""
-        for picture in pictures:
-            self.write(picture)
-
     def write(self, picture: Restored) -> None:
+        """Write one picture; a volume is written with its last slice."""
         row, run = picture.row, self.layout.runs.get(picture.row.id)
         if run is None:
             fmt = self.layout.format_of(row, self.values)

@@ -28,7 +28,7 @@ class TokenWriter:
         require("pyarrow", purpose="writing token files")
         import pyarrow.parquet as pq
 
-        self.path, self.info, self.rows_written = Path(path), info, 0
+        self.path, self.info = Path(path), info
         self.schema = arrow_schema(info, tuple(extra))
         self._ids: list[np.ndarray] = []
         self._rows: list[Description] = []
@@ -56,7 +56,6 @@ class TokenWriter:
         batch = to_batch(np.stack(self._ids[:count]), self._rows[:count], self.schema)
         self._writer.write_batch(batch, row_group_size=count)
         del self._ids[:count], self._rows[:count]
-        self.rows_written += count
 
     def close(self, settings: str = "") -> None:
         """Finish the file, once. `settings` goes into its header (see TokenInfo)."""

@@ -59,10 +59,6 @@ class StoreWriter:
                 path.unlink(missing_ok=True)
         self._write_index(complete=False)
 
-    @property
-    def rows_written(self) -> int:
-        return sum(part["rows"] for part in self.parts) + self._filled
-
     def write(self, ids: np.ndarray, rows: Sequence[Description]) -> None:
         """Append rows: integer ids (R, G, N) with one description each. TokenShapeError, TokenRangeError."""
         start = 0
