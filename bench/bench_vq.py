@@ -1,7 +1,11 @@
-"""vq_assign against the ways people do it today: python bench/bench_vq.py [--threads 1] [--rows 4096] [--rounds 9]
+"""Every vector-quantization op against the ways people do it today.
 
-Prints p20/p50/p80, GFLOP/s (2 C per pair), the share of the machine's measured multiply-add peak, the ratio to ours,
-and how many ids differ from the float64 answer; appends the rows to bench/results/vq.csv.
+    python bench/bench_vq.py [--only assign,worst,ops,training,large,growth] [--threads 1] [--rounds 9]
+                             [--device cpu|cuda] [--json FILE] [--save]
+
+Prints p20/p50/p80, GFLOP/s (2 C for a row and a code), the share of the machine's measured peak, the memory a call
+takes beyond its inputs, the ratio to ours, and how many ids differ from the float64 answer; --save appends the rows to
+bench/results/vq.csv and draws the growth curves beside it.
 """
 
 from __future__ import annotations
@@ -9,87 +13,266 @@ from __future__ import annotations
 import argparse
 
 import torch
-from timing import append_rows, commit, interleave, measured_peak, processor
+from peers import assign_peers, training_peers, training_step
+from timing import (
+    append_rows,
+    commit,
+    interleave,
+    measured_cuda_peak,
+    measured_peak,
+    peak_memory,
+    processor,
+    write_json,
+)
 
 from meditok import native, ops
 from meditok.ops import reference
 
+MAIN = (4096, 8, 4096, 8)  # rows, codebooks, codes, width: 16 images of MedITok
+LARGE = ((4096, 1, 512, 768), (4096, 1, 512, 1536), (2048, 1, 4096, 64), (2048, 1, 8192, 256))
+GROWTH = {  # one axis at a time, the others fixed
+    "rows": [(n, 1, 1024, 8) for n in (256, 1024, 4096, 16384, 65536, 262144, 1048576)],
+    "codes": [(4096, 1, k, 8) for k in (256, 1024, 4096, 16384, 65536)],
+    "width": [(1024, 1, 1024, c) for c in (4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536)],
+}
+CHECKED = 256  # rows compared with the float64 answer
+SECTIONS = ("assign", "worst", "ops", "training", "large", "growth")
 
-def eager(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> torch.Tensor:
-    """The published way: normalise, one product, argmax (or the expanded distance and argmin)."""
-    if metric == "cosine":
-        unit = torch.nn.functional.normalize(codebook, dim=-1)
-        return torch.einsum("ngc,gkc->ngk", torch.nn.functional.normalize(x, dim=-1), unit).argmax(-1)
-    product = torch.einsum("ngc,gkc->ngk", x, codebook)
-    return (codebook.square().sum(-1) - 2 * product).argmin(-1)
+
+class Bench:
+    """Options, the machine, and the rows so far."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.device = options, options.device
+        torch.set_num_threads(options.threads)
+        cuda = self.device == "cuda"
+        self.peak = measured_cuda_peak() if cuda else measured_peak(native.isa or "scalar") * options.threads
+        self.rows: list[dict] = []
+
+    def inputs(self, shape, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (N, G, C) and codebook (G, K, C), normally distributed."""
+        rows, groups, codes, width = shape
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, groups, width, generator=generator)
+        codebook = torch.randn(groups, codes, width, generator=generator)
+        return x.to(self.device), codebook.to(self.device)
+
+    def compare(self, op: str, metric: str, shape, runs: dict, *, exact=None, note: str = "", factor: float = 1.0):
+        """Times `runs` in turn, ours first; `exact` are the right ids of the first rows; `factor` scales the FLOPs."""
+        rows, groups, codes, width = shape
+        print(f"{op} {metric}, {rows} x {groups} x {codes} x {width} {note}")
+        times = interleave(runs, self.options.rounds, self.device)
+        ours = next(iter(times.values()))[1]
+        flop = factor * 2.0 * rows * groups * codes * width
+        for name, (p20, p50, p80) in times.items():
+            wrong = ""
+            if exact is not None and name != "faiss ProductQuantizer":  # its codes are packed bits
+                wrong = int((_ids(runs[name](), groups)[: len(exact)] != exact).sum())
+            memory = peak_memory(runs[name], self.device)
+            row = {
+                "commit": commit(), "device": processor(self.device), "torch": torch.__version__,
+                "backend": native.isa if self.device == "cpu" else native.backend, "threads": self.options.threads,
+                "op": op, "metric": metric, "note": note, "name": name,
+                "rows": rows, "groups": groups, "codes": codes, "width": width,
+                "p20_ms": round(p20 * 1e3, 4), "p50_ms": round(p50 * 1e3, 4), "p80_ms": round(p80 * 1e3, 4),
+                "gflops": round(flop / p50 / 1e9, 2) if flop else "",
+                "share_of_peak": round(flop / p50 / self.peak, 3) if flop else "",
+                "memory_mib": round(memory, 1), "ratio_to_ours": round(p50 / ours, 2), "wrong_ids": wrong,
+            }  # fmt: skip
+            self.rows.append(row)
+            share = f"{row['gflops']:8.1f} GFLOP/s {row['share_of_peak']:6.1%} of peak" if flop else ""
+            print(
+                f"  {name:26s} {p20 * 1e3:10.3f} {p50 * 1e3:10.3f} {p80 * 1e3:10.3f} ms {share} "
+                f"{memory:8.1f} MiB {row['ratio_to_ours']:7.2f} x  {f'{wrong} wrong' if wrong != '' else ''}"
+            )
+        return times
+
+    # ---- sections --------------------------------------------------------------------------------------------------
+
+    def assign(self) -> None:
+        for metric in ("cosine", "l2"):
+            x, codebook = self.inputs(MAIN)
+            self._assign(x, codebook, metric, MAIN, every=True)
+
+    def _assign(self, x, codebook, metric, shape, *, every: bool, note: str = ""):
+        packed = ops.pack_codebook(codebook, metric=metric)
+        runs = {
+            "meditok packed": lambda: ops.vq_assign(x, packed, metric=metric),
+            "meditok": lambda: ops.vq_assign(x, codebook, metric=metric),
+        }
+        runs |= assign_peers(x, codebook, metric, every=every)
+        exact = reference.vq_assign(x[:CHECKED], codebook, metric=metric)
+        return self.compare("vq_assign", metric, shape, runs, exact=exact, note=note)
+
+    def worst(self) -> None:
+        """Codebooks on which a shortcut would be slow, against the random one of the same shape."""
+        x, codebook = self.inputs(MAIN)
+        for metric in ("cosine", "l2"):
+            books = {"random": codebook, **worst_codebooks(codebook)}
+            packed = {name: ops.pack_codebook(book, metric=metric) for name, book in books.items()}
+            runs = {
+                name: lambda book=book, metric=metric: ops.vq_assign(x, book, metric=metric)
+                for name, book in packed.items()
+            }
+            self.compare("vq_assign", metric, MAIN, runs, note="worst codebooks")
+
+    def ops(self) -> None:
+        x, codebook = self.inputs(MAIN)
+        ids = ops.vq_assign(x, codebook)
+        groups, codes, width = codebook.shape
+        counts, sums = ops.vq_stats(x, ids, codes)
+        state = [t.clone() for t in (codebook, counts.float(), sums)]
+        update = {"decay": 0.99, "eps": 1e-5}
+        offset = torch.arange(groups, device=self.device) * codes
+
+        def index_add():
+            flat = (ids + offset).flatten()
+            total = torch.zeros(groups * codes, width, device=self.device)
+            return flat.bincount(minlength=groups * codes), total.index_add_(0, flat, x.reshape(-1, width))
+
+        def gather():
+            unit = torch.nn.functional.normalize(codebook, dim=-1)
+            return unit[torch.arange(groups, device=self.device), ids]
+
+        packed = ops.pack_codebook(codebook, metric="cosine")
+        self.compare(
+            "vq_lookup", "cosine", MAIN, factor=0, runs={
+                "meditok": lambda: ops.vq_lookup(ids, codebook), "torch eager": gather,
+            },
+        )  # fmt: skip
+        self.compare(
+            "vq_stats", "cosine", MAIN, factor=0, runs={
+                "meditok": lambda: ops.vq_stats(x, ids, codes), "torch eager": index_add,
+            },
+        )  # fmt: skip
+        self.compare(
+            "vq_update_", "cosine", MAIN, factor=0, runs={
+                "meditok": lambda: ops.vq_update_(*state, counts, sums, **update),
+                "torch eager": lambda: reference.vq_update_(*state, counts, sums, **update),
+            },
+        )  # fmt: skip
+        self.compare(
+            "pack_codebook", "cosine", MAIN, factor=0,
+            runs={"meditok": lambda: ops.pack_codebook(codebook, metric="cosine")},
+        )  # fmt: skip
+        self.compare(
+            "vq_quantize", "cosine", MAIN, runs={
+                "meditok assign": lambda: ops.vq_assign(x, packed),
+                "meditok quantize": lambda: ops.vq_quantize(x, packed),
+            },
+        )  # fmt: skip
+
+    def training(self) -> None:
+        """Quantise, loss, counts and both gradients, against assign alone and against autograd's way."""
+        for metric, shape in (("cosine", MAIN), ("l2", (4096, 1, 512, 768))):
+            x, codebook = self.inputs(shape)
+            packed = ops.pack_codebook(codebook, metric=metric)
+
+            def quantize(a, b, metric=metric, packed=packed):
+                z, _, loss, _ = ops.vq_quantize(a, ops.PackedCodebook(b, metric, packed.packed), metric=metric)
+                return z, loss
+
+            runs = {
+                "meditok assign alone": lambda x=x, packed=packed, metric=metric: ops.vq_assign(
+                    x, packed, metric=metric
+                ),
+                "meditok": training_step(quantize, x, codebook),
+                **training_peers(x, codebook, metric),
+            }
+            self.compare("vq_quantize forward + backward", metric, shape, runs)
+
+    def large(self) -> None:
+        """Wide codes, where the product of x and the codebook alone (which gives no ids) is the yardstick."""
+        for shape in LARGE:
+            x, codebook = self.inputs(shape)
+            self._assign(x, codebook, "l2", shape, every=False, note="large width")
+            packed = ops.pack_codebook(codebook, metric="l2")
+            runs = {
+                "meditok packed": lambda x=x, packed=packed: ops.vq_assign(x, packed, metric="l2"),
+                "torch.mm alone": lambda x=x, codebook=codebook: x[:, 0] @ codebook[0].T,
+            }
+            self.compare("vq_assign", "l2", shape, runs, note="against the product")
+
+    def growth(self) -> None:
+        curves = {}
+        for axis, shapes in GROWTH.items():
+            for shape in shapes:
+                x, codebook = self.inputs(shape)
+                times = self._assign(x, codebook, "cosine", shape, every=False, note=f"growth {axis}")
+                curves.setdefault(axis, []).append((shape, times))
+        if self.options.save:
+            draw(curves, f"vq_growth_{self.device}.png")
 
 
-def product_quantizer(x: torch.Tensor, codebook: torch.Tensor):
-    """faiss.ProductQuantizer.compute_codes on the same (normalised) codebooks, or None without faiss."""
-    try:
-        import faiss
-    except ImportError:
-        return None
-    groups, codes, width = codebook.shape
-    bits = codes.bit_length() - 1
-    if 1 << bits != codes:
-        return None
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    quantizer = faiss.ProductQuantizer(groups * width, groups, bits)
-    unit = torch.nn.functional.normalize(codebook, dim=-1)
-    faiss.copy_array_to_vector(unit.reshape(-1).numpy(), quantizer.centroids)
-    rows = torch.nn.functional.normalize(x, dim=-1).reshape(x.shape[0], -1).numpy()
-    return lambda: quantizer.compute_codes(rows)
+def worst_codebooks(codebook: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Codebooks (G, K, C) that defeat bounds and early exits."""
+    outlier, dead = codebook.clone(), torch.zeros_like(codebook)
+    middle = codebook.shape[1] // 2
+    outlier[:, middle] *= 1e4 / outlier[:, middle].norm(dim=-1, keepdim=True)
+    dead[:, ::100] = codebook[:, ::100]
+    return {
+        "all zero": torch.zeros_like(codebook),
+        "all equal": codebook[:, :1].expand_as(codebook).contiguous(),
+        "one code of norm 1e4": outlier,
+        "99 % dead": dead,
+        "each code twice": codebook[:, torch.arange(codebook.shape[1], device=codebook.device) // 2],
+    }
+
+
+def _ids(result, groups: int) -> torch.Tensor:
+    """Ids (N, G) of whatever a peer returns: faiss and scikit-learn a list over codebooks, KeOps (G, N, 1)."""
+    if isinstance(result, list):
+        parts = [part[1] if isinstance(part, tuple) else part for part in result]
+        return torch.stack([torch.as_tensor(part).flatten() for part in parts], 1)
+    if result.ndim == 3 and result.shape[0] == groups and result.shape[2] == 1:
+        return result[..., 0].T
+    return result.reshape(-1, groups)
+
+
+def draw(curves: dict, name: str) -> None:
+    """Time against rows, codes and width, one panel each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from timing import RESULTS
+
+    place = {"rows": 0, "codes": 2, "width": 3}
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(13, 4), layout="constrained")
+    for panel, (axis, points) in zip(panels, curves.items(), strict=True):
+        for method in sorted({name for _, times in points for name in times}):
+            line = [(shape[place[axis]], times[method][1] * 1e3) for shape, times in points if method in times]
+            panel.loglog(*zip(*line, strict=True), "o-", label=method, markersize=3)
+        fixed = points[0][0]
+        rest = ", ".join(f"{word} {fixed[i]:,}" for word, i in place.items() if word != axis)
+        panel.set(xlabel=axis, ylabel="milliseconds", title=f"vq_assign; {rest}")
+        panel.grid(True, which="major", alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.savefig(RESULTS / name, dpi=120)
+    print(f"curves in {RESULTS.name}/{name}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--shape", default="8,4096,8", help="codebooks, codes, width")
+    parser.add_argument("--json", help="write the rows there as JSON")
+    parser.add_argument("--save", action="store_true", help="append the rows to bench/results/vq.csv")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    groups, codes, width = map(int, options.shape.split(","))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(options.rows, groups, width, generator=generator)
-    codebook = torch.randn(groups, codes, width, generator=generator)
-    peak = measured_peak(native.isa or "scalar") * options.threads
-    flop = 2.0 * options.rows * groups * codes * width
-    rows = []
-    for metric in ("cosine", "l2"):
-        packed = ops.pack_codebook(codebook, metric=metric)
-        candidates = {
-            "meditok packed": lambda packed=packed, metric=metric: ops.vq_assign(x, packed, metric=metric),
-            "meditok": lambda metric=metric: ops.vq_assign(x, codebook, metric=metric),
-            "torch eager": lambda metric=metric: eager(x, codebook, metric),
-        }
-        quantizer = product_quantizer(x, codebook) if metric == "cosine" else None
-        if quantizer is not None:
-            candidates["faiss ProductQuantizer"] = quantizer
-        exact = reference.vq_assign(x[:512], codebook, metric=metric)
-        times = interleave(candidates, options.rounds)
-        ours = times["meditok packed"][1]
-        print(f"{metric}, {options.rows} x {groups} x {codes} x {width}, {options.threads} thread(s), isa {native.isa}")
-        for name, (p20, p50, p80) in times.items():
-            wrong = ""
-            if "faiss" not in name:
-                wrong = int((candidates[name]()[:512] != exact).sum())
-            print(
-                f"  {name:24s} {p20 * 1e3:9.2f} {p50 * 1e3:9.2f} {p80 * 1e3:9.2f} ms {flop / p50 / 1e9:7.1f} GFLOP/s "
-                f"{flop / p50 / peak:5.0%} of peak {p50 / ours:6.2f} x  wrong {wrong}"
-            )
-            rows.append(
-                {
-                    "commit": commit(), "device": processor(), "torch": torch.__version__, "isa": native.isa,
-                    "threads": options.threads, "op": "vq_assign", "metric": metric, "name": name,
-                    "rows": options.rows, "groups": groups, "codes": codes, "width": width,
-                    "p20_ms": round(p20 * 1e3, 3), "p50_ms": round(p50 * 1e3, 3), "p80_ms": round(p80 * 1e3, 3),
-                    "gflops": round(flop / p50 / 1e9, 1), "share_of_peak": round(flop / p50 / peak, 3),
-                    "ratio_to_packed": round(p50 / ours, 2), "wrong_of_512_rows": wrong,
-                }
-            )  # fmt: skip
-    print(f"peak {peak / 1e9:.1f} GFLOP/s; rows in {append_rows('vq', rows).name}")
+    unknown = set(options.only.split(",")) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    bench = Bench(options)
+    print(f"{processor(options.device)}, {native.backend} {native.isa}, {options.threads} thread(s), "
+          f"peak {bench.peak / 1e9:.0f} GFLOP/s")  # fmt: skip
+    for section in options.only.split(","):
+        getattr(bench, section)()
+    if options.save:
+        print(f"rows in {append_rows('vq', bench.rows).name}")
+    if options.json:
+        write_json(options.json, bench.rows)
 
 
 if __name__ == "__main__":
