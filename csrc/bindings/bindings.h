@@ -10,19 +10,53 @@
 namespace meditok {
 
 // Signatures of the entries, as meditok/native.py expects them; raise both together.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 using Address = std::uintptr_t;
 
-enum Entry { kVqPack, kVqAssign, kVqLookup, kVqPackCuda, kVqAssignCuda, kVqLookupCuda, kEntries };
-constexpr const char* kEntryNames[kEntries] = {"vq_pack",      "vq_assign",      "vq_lookup",
-                                               "vq_pack_cuda", "vq_assign_cuda", "vq_lookup_cuda"};
+enum Entry {
+    kVqPack,
+    kVqAssign,
+    kVqLookup,
+    kVqQuantize,
+    kVqQuantizeBackward,
+    kVqStats,
+    kVqUpdate,
+    kVqPackCuda,
+    kVqAssignCuda,
+    kVqLookupCuda,
+    kVqQuantizeCuda,
+    kVqQuantizeBackwardCuda,
+    kVqStatsCuda,
+    kVqUpdateCuda,
+    kEntries
+};
+constexpr const char* kEntryNames[kEntries] = {"vq_pack",
+                                               "vq_assign",
+                                               "vq_lookup",
+                                               "vq_quantize",
+                                               "vq_quantize_backward",
+                                               "vq_stats",
+                                               "vq_update",
+                                               "vq_pack_cuda",
+                                               "vq_assign_cuda",
+                                               "vq_lookup_cuda",
+                                               "vq_quantize_cuda",
+                                               "vq_quantize_backward_cuda",
+                                               "vq_stats_cuda",
+                                               "vq_update_cuda"};
 extern std::atomic<int64_t> entry_calls[kEntries];
 
 inline void count_call(Entry entry) {
     entry_calls[entry].fetch_add(1, std::memory_order_relaxed);
 }
 
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
 void bind_vq(pybind11::module_& module);
+void bind_vq_train(pybind11::module_& module);
 
 }  // namespace meditok

@@ -69,6 +69,7 @@ PYBIND11_MODULE(_core, module) {
     module.def("cuda_problem", &cuda_problem);
 #endif
     bind_vq(module);
+    bind_vq_train(module);
     module.def(
         "template_op",
         [](Address x, int64_t size, int64_t stride, Address out, int threads) {

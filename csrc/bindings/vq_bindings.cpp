@@ -7,11 +7,6 @@ namespace meditok {
 
 namespace {
 
-template <class T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
 Codebook make_codebook(Address data, int type, int64_t groups, int64_t codes, int64_t width,
                        int64_t group_stride, int64_t code_stride, int64_t column_stride) {
     return Codebook{pointer<const void>(data),

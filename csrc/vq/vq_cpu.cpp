@@ -33,7 +33,6 @@ FilterKernel choose_filter() {
 constexpr int64_t kMaxChunks = 32;      // per codebook: a chunk's rescan costs about 1/32 of the row
 constexpr int64_t kLaneFloats = 10240;  // scratch for chunk maxima: 40 KiB
 constexpr int64_t kXFloats = 4096;      // scratch for the rows of a block: 16 KiB
-constexpr int64_t kMaxBlockRows = 96;
 
 struct Plan {
     FilterKernel kernel;
@@ -46,8 +45,9 @@ Plan make_plan(const AssignParams& params) {
     Plan plan;
     plan.kernel = choose_filter();
     plan.layout = packed_layout(params.codebook.groups, params.codebook.codes, params.codebook.width);
-    plan.chunk_tiles = (plan.layout.tiles + kMaxChunks - 1) / kMaxChunks;
-    plan.chunks = (plan.layout.tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
+    const int64_t tiles = plan.layout.tiles > 0 ? plan.layout.tiles : 1;
+    plan.chunk_tiles = (tiles + kMaxChunks - 1) / kMaxChunks;
+    plan.chunks = (tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
     int64_t rows = kLaneFloats / (plan.chunks * plan.kernel.width);
     if (rows * params.codebook.width > kXFloats) rows = kXFloats / params.codebook.width;
     if (rows > kMaxBlockRows) rows = kMaxBlockRows;
@@ -147,8 +147,8 @@ Fate prepare(const AssignParams& params, const PackedView& view, const double* w
     return Fate::kFilter;
 }
 
-void assign_block(const AssignParams& params, const Plan& plan, int64_t group, int64_t begin, int64_t end,
-                  unsigned char* scratch) {
+void assign_block(const AssignParams& params, const AssignHook& hook, const Plan& plan, int64_t group,
+                  int64_t begin, int64_t end, unsigned char* scratch) {
     const int64_t width = params.codebook.width, groups = params.codebook.groups;
     const PackedView view = packed_view(params.packed, plan.layout, group);
     double* wide = reinterpret_cast<double*>(scratch);
@@ -161,6 +161,10 @@ void assign_block(const AssignParams& params, const Plan& plan, int64_t group, i
 
     for (int64_t row = begin; row < end; ++row) {
         int64_t& id = params.ids[row * groups + group];
+        if (hook.mask != nullptr && hook.mask[row * hook.mask_stride] == 0) {
+            id = -1;
+            continue;
+        }
         widen(params, group, row, wide);
         Fate fate = Fate::kCanonical;
         if (plan.kernel.run != nullptr) {
@@ -200,7 +204,7 @@ void assign_block(const AssignParams& params, const Plan& plan, int64_t group, i
 
 }  // namespace
 
-void vq_assign_cpu(const AssignParams& params, int threads) {
+void assign_blocks(const AssignParams& params, const AssignHook& hook, int threads) {
     const Codebook& codebook = params.codebook;
     PackedHeader header;
     std::memcpy(&header, params.packed, sizeof header);
@@ -209,10 +213,6 @@ void vq_assign_cpu(const AssignParams& params, int threads) {
                 header.width == codebook.width,
             "the packed codebook was made from another codebook or metric; pack it again");
     if (params.rows == 0 || codebook.groups == 0) return;
-    if (codebook.codes == 0) {
-        for (int64_t i = 0; i < params.rows * codebook.groups; ++i) params.ids[i] = -1;
-        return;
-    }
     Plan plan = make_plan(params);
     const int64_t items = plan.blocks * codebook.groups;
     // Under about 50 microseconds of work, waking threads costs more than it gains.
@@ -225,8 +225,17 @@ void vq_assign_cpu(const AssignParams& params, int threads) {
     parallel_for(items, workers, [&](int participant, int64_t item) {
         const int64_t group = item / plan.blocks, begin = item % plan.blocks * plan.block_rows;
         const int64_t end = begin + plan.block_rows < params.rows ? begin + plan.block_rows : params.rows;
-        assign_block(params, plan, group, begin, end, base + participant * plan.scratch_bytes);
+        if (codebook.codes == 0) {
+            for (int64_t row = begin; row < end; ++row) params.ids[row * codebook.groups + group] = -1;
+        } else {
+            assign_block(params, hook, plan, group, begin, end, base + participant * plan.scratch_bytes);
+        }
+        if (hook.after != nullptr) hook.after(hook.context, participant, group, begin, end);
     });
+}
+
+void vq_assign_cpu(const AssignParams& params, int threads) {
+    assign_blocks(params, AssignHook{nullptr, 0, nullptr, nullptr}, threads);
 }
 
 }  // namespace meditok

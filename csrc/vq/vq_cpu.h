@@ -16,6 +16,21 @@ double score_code(const Codebook& codebook, int64_t group, int64_t code, double 
 int64_t assign_row(const Codebook& codebook, int64_t group, const PackedView& view, Metric metric,
                    const double* x);
 
+// ---- vq_cpu.cpp -------------------------------------------------------------------------------------------
+
+// What the training pass adds to an assignment.
+struct AssignHook {
+    const unsigned char* mask;  // (rows), 0: not assigned, id -1; null: every row is
+    int64_t mask_stride;
+    // Called once the ids of rows [begin, end) of a group are written, at most kMaxBlockRows of them.
+    void (*after)(void* context, int participant, int64_t group, int64_t begin, int64_t end);
+    void* context;
+};
+
+constexpr int64_t kMaxBlockRows = 96;
+
+void assign_blocks(const AssignParams& params, const AssignHook& hook, int threads);
+
 // ---- vq_avx2.cpp, vq_avx512.cpp ---------------------------------------------------------------------------
 
 // A block of rows of one group, ready for the filter.

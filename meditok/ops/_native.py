@@ -5,6 +5,7 @@ Nothing is converted and nothing checked here; results are allocated contiguous 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from meditok import native
 from meditok.ops._library import FLOAT_NAMES, FLOATS, METRICS
+
+Scratch = Callable[[int], Any]
 
 
 def _view(array: Any) -> tuple[int, tuple[int, ...]]:
@@ -97,3 +100,102 @@ def lookup(ids: Any, codebook: Any, metric: str, out: Any) -> None:
         native.core.vq_lookup(*arguments, native.threads())
     else:
         native.core.vq_lookup_cuda(*arguments, *place)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+# x, codebook and gradients share one dtype; the other arrays have the dtypes of csrc/vq/vq_train.h. `scratch`
+# makes a buffer of that many bytes on the device of the arrays and is called for CUDA only.
+
+
+def quantize(
+    x: Any,
+    codebook: Any,
+    packed: Any,
+    mask: Any,
+    settings: dict[str, Any],
+    outputs: tuple[Any, Any, Any, Any],
+    scratch: Scratch,
+) -> None:
+    """x (N, G, C), codebook (G, K, C), packed bytes of it, mask (N,) bool or None -> outputs z (N, G, C), ids
+    (N, G), loss (), counts (G, K), all contiguous."""
+    z, ids, loss, counts = outputs
+    x_address, x_strides = _view(x)
+    address, strides = _view(codebook)
+    arguments = (
+        *(x_address, _dtype(x), *x.shape, *x_strides),
+        *(address, codebook.shape[1], *strides, _view(packed)[0], METRICS[settings["metric"]], _view(ids)[0]),
+        *_mask(mask),
+        *(settings["commitment_weight"], settings["codebook_weight"]),
+        *(_view(z)[0], _view(loss)[0], _view(counts)[0]),
+    )
+    _run("vq_quantize", x, arguments, scratch, (*x.shape[:2], codebook.shape[1], x.shape[2]))
+
+
+def quantize_backward(
+    grad_z: Any,
+    grad_loss: Any,
+    x: Any,
+    codebook: Any,
+    ids: Any,
+    mask: Any,
+    settings: dict[str, Any],
+    grads: tuple[Any, Any],
+    scratch: Scratch,
+) -> None:
+    """Gradients of `quantize` -> grads to x (N, G, C) and to the codebook (G, K, C) or None, contiguous."""
+    grad_address, grad_strides = _view(grad_z)
+    x_address, x_strides = _view(x)
+    address, strides = _view(codebook)
+    ids_address, ids_strides = _view(ids)
+    arguments = (
+        *(grad_address, *grad_strides, _view(grad_loss)[0]),
+        *(x_address, _dtype(x), *x.shape, *x_strides),
+        *(address, codebook.shape[1], *strides, ids_address, *ids_strides),
+        *_mask(mask),
+        *(METRICS[settings["metric"]], settings["commitment_weight"], settings["codebook_weight"]),
+        *(settings["rotation"], _view(grads[0])[0], 0 if grads[1] is None else _view(grads[1])[0]),
+    )
+    _run("vq_quantize_backward", x, arguments, scratch, (*x.shape[:2], codebook.shape[1], x.shape[2]))
+
+
+def stats(x: Any, ids: Any, counts: Any, sums: Any, scratch: Scratch) -> None:
+    """x (N, G, C), ids (N, G) int64 -> counts (G, K) int64, sums (G, K, C) float32, contiguous."""
+    x_address, x_strides = _view(x)
+    ids_address, ids_strides = _view(ids)
+    codes = counts.shape[1]
+    arguments = (
+        *(x_address, _dtype(x), *x.shape, *x_strides, ids_address, *ids_strides),
+        *(codes, _view(counts)[0], _view(sums)[0]),
+    )
+    _run("vq_stats", x, arguments, scratch, (*x.shape[:2], codes, x.shape[2]))
+
+
+def update(
+    codebook: Any, ema_counts: Any, ema_sums: Any, counts: Any, sums: Any, settings: dict[str, Any], scratch: Scratch
+) -> None:
+    """In place on codebook (G, K, C), ema_counts (G, K) and ema_sums (G, K, C) float32; counts int64, sums
+    float32."""
+    address, strides = _view(codebook)
+    arguments = [address, _dtype(codebook), *codebook.shape, *strides]
+    for array in (ema_counts, ema_sums, counts, sums):
+        address, strides = _view(array)
+        arguments += (address, *strides)
+    arguments += (settings["decay"], settings["eps"], METRICS[settings["metric"]])
+    _run("vq_update", codebook, arguments, scratch, codebook.shape)
+
+
+def _mask(mask: Any) -> tuple[int, int]:
+    if mask is None:
+        return 0, 0
+    address, strides = _view(mask)
+    return address, strides[0]
+
+
+def _run(name: str, array: Any, arguments: Any, scratch: Scratch, sizes: tuple[int, ...]) -> None:
+    """The entry `name` for the place of `array`, with the scratch memory it asks for by `sizes` on CUDA."""
+    place = _place(array)
+    if place is None:
+        getattr(native.core, name)(*arguments, 0, native.threads())
+        return
+    buffer = scratch(getattr(native.core, f"{name}_scratch_bytes")(*sizes))
+    getattr(native.core, f"{name}_cuda")(*arguments, _view(buffer)[0], *place)

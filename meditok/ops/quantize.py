@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meditok import native
 from meditok.errors import DtypeError, ShapeError
-from meditok.ops import reference
+from meditok.ops import _native, reference
 from meditok.ops._library import (
     check_float,
     check_ids,
@@ -55,8 +56,8 @@ library.define(
 )
 library.define(
     "vq_quantize_backward(Tensor grad_z, Tensor grad_loss, Tensor x, Tensor codebook, Tensor ids, "
-    "Tensor? mask, *, str metric, float commitment_weight, float codebook_weight, bool rotation) "
-    "-> (Tensor, Tensor)"
+    "Tensor? mask, *, str metric, float commitment_weight, float codebook_weight, bool rotation, "
+    "bool codebook_needed=True) -> (Tensor, Tensor)"
 )
 library.define("vq_stats(Tensor x, Tensor ids, SymInt codes) -> (Tensor, Tensor)")
 library.define(
@@ -65,7 +66,7 @@ library.define(
 )
 
 
-def _quantize(
+def _quantize_composed(
     x: Tensor,
     codebook: Tensor,
     mask: Tensor | None = None,
@@ -92,14 +93,88 @@ def _quantize(
     return z, ids, loss, reference.count_ids(ids, codebook.shape[1])
 
 
-def _stats(x: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    return reference.vq_stats(x, ids, codes)
+def _quantize_native(
+    x: Tensor, codebook: Tensor, mask: Tensor | None = None, packed: Tensor | None = None, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _kernel_takes(x, codebook):
+        return _quantize_composed(x, codebook, mask, packed, **settings)
+    if packed is None or packed.numel() == 0:
+        packed = torch.ops.meditok.vq_pack(codebook, metric=settings.get("metric", "cosine"))
+    outputs = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(x.shape[:2], dtype=torch.int64, device=x.device),
+        torch.empty((), dtype=torch.float32, device=x.device),
+        torch.empty(codebook.shape[:2], dtype=torch.int64, device=x.device),
+    )
+    _native.quantize(x, codebook, packed, mask, _with_defaults(settings), outputs, _scratch(x))
+    return outputs
 
 
-library.impl("vq_quantize", _quantize, "CompositeExplicitAutograd")
-library.impl("vq_quantize_backward", reference.vq_quantize_backward, "CompositeExplicitAutograd")
-library.impl("vq_stats", _stats, "CompositeExplicitAutograd")
-library.impl("vq_update_", reference.vq_update_, "CompositeExplicitAutograd")
+def _quantize_backward_native(
+    grad_z: Tensor,
+    grad_loss: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    *,
+    codebook_needed: bool = True,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    if not _kernel_takes(x, codebook, grad_z):
+        return reference.vq_quantize_backward(
+            grad_z, grad_loss, x, codebook, ids, mask, codebook_needed=codebook_needed, **settings
+        )
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_codebook = torch.empty(
+        codebook.shape if codebook_needed else (0,), dtype=codebook.dtype, device=codebook.device
+    )
+    grads = (grad_x, grad_codebook if codebook_needed else None)
+    _native.quantize_backward(grad_z, grad_loss, x, codebook, ids, mask, settings, grads, _scratch(x))
+    return grad_x, grad_codebook
+
+
+def _stats_native(x: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    counts = torch.empty((x.shape[1], codes), dtype=torch.int64, device=x.device)
+    sums = torch.empty((x.shape[1], codes, x.shape[2]), dtype=torch.float32, device=x.device)
+    _native.stats(x, ids.to(torch.int64), counts, sums, _scratch(x))
+    return counts, sums
+
+
+def _update_native(
+    codebook: Tensor, ema_counts: Tensor, ema_sums: Tensor, counts: Tensor, sums: Tensor, **settings: Any
+) -> None:
+    if not ema_counts.dtype == ema_sums.dtype == sums.dtype == torch.float32 or counts.dtype != torch.int64:
+        reference.vq_update_(codebook, ema_counts, ema_sums, counts, sums, **settings)
+        return
+    settings.setdefault("metric", "cosine")
+    _native.update(codebook, ema_counts, ema_sums, counts, sums, settings, _scratch(codebook))
+
+
+def _kernel_takes(*tensors: Tensor) -> bool:
+    """The kernels read and write one dtype."""
+    return all(tensor.dtype == tensors[0].dtype for tensor in tensors)
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The schema's defaults; the dispatcher leaves out what equals them."""
+    return {"metric": "cosine", "commitment_weight": 0.25, "codebook_weight": 1.0, **settings}
+
+
+def _scratch(tensor: Tensor) -> Any:
+    return lambda size: torch.empty(size, dtype=torch.uint8, device=tensor.device)
+
+
+KERNELS = {
+    "vq_quantize": (_quantize_composed, _quantize_native),
+    "vq_quantize_backward": (reference.vq_quantize_backward, _quantize_backward_native),
+    "vq_stats": (reference.vq_stats, _stats_native),
+    "vq_update_": (reference.vq_update_, _update_native),
+}
+for _name, (_plain, _kernel) in KERNELS.items():
+    library.impl(_name, _plain, "CompositeExplicitAutograd")
+    if native.backend == "native":
+        library.impl(_name, _kernel, "CPU")
 
 # ---- fake --------------------------------------------------------------------------------------------------
 
@@ -112,8 +187,8 @@ def _quantize_fake(x, codebook, mask=None, packed=None, **settings):
 
 
 @torch.library.register_fake("meditok::vq_quantize_backward", lib=library)
-def _quantize_backward_fake(grad_z, grad_loss, x, codebook, ids, mask, **settings):
-    return x.new_empty(x.shape), codebook.new_empty(codebook.shape)
+def _quantize_backward_fake(grad_z, grad_loss, x, codebook, ids, mask, codebook_needed=True, **settings):
+    return x.new_empty(x.shape), codebook.new_empty(codebook.shape if codebook_needed else (0,))
 
 
 @torch.library.register_fake("meditok::vq_stats", lib=library)
@@ -141,8 +216,11 @@ def _quantize_gradient(ctx, grad_z, grad_ids, grad_loss, grad_counts):
     x, codebook, ids, mask = ctx.saved_tensors
     grad_z = torch.zeros_like(x) if grad_z is None else grad_z
     grad_loss = x.new_zeros((), dtype=torch.float32) if grad_loss is None else grad_loss
-    grads = torch.ops.meditok.vq_quantize_backward(grad_z, grad_loss, x, codebook, ids, mask, **ctx.settings)
-    return *grads, None, None
+    needed = ctx.needs_input_grad[1]
+    grad_x, grad_codebook = torch.ops.meditok.vq_quantize_backward(
+        grad_z, grad_loss, x, codebook, ids, mask, codebook_needed=needed, **ctx.settings
+    )
+    return grad_x, grad_codebook if needed else None, None, None
 
 
 torch.library.register_autograd("meditok::vq_quantize", _quantize_gradient, setup_context=_quantize_setup, lib=library)
@@ -200,7 +278,7 @@ def vq_quantize(
     )
     if kind != "torch":
         mask = None if mask is None else _tensor(mask)
-        return _like(kind, _quantize(_tensor(x), _tensor(codebook), mask, **settings))
+        return _like(kind, _quantize_composed(_tensor(x), _tensor(codebook), mask, **settings))
     check_same_device(x=x, codebook=codebook, mask=mask)
     return torch.ops.meditok.vq_quantize(x, codebook, mask, packed, **settings)
 

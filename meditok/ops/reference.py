@@ -218,8 +218,9 @@ def vq_quantize_backward(
     commitment_weight: float,
     codebook_weight: float,
     rotation: bool,
+    codebook_needed: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `vq_quantize` to x (N, G, C) and to the codebook (G, K, C), written out."""
+    """Gradients of `vq_quantize` to x (N, G, C) and to the codebook (G, K, C), or none of it, written out."""
     hat = unit_rows(x, metric)
     code = vq_lookup(ids, codebook, metric=metric).to(hat.dtype)
     keep = torch.ones_like(ids[:, :1], dtype=torch.bool) if mask is None else mask[:, None]
@@ -238,7 +239,9 @@ def vq_quantize_backward(
         grad = (code_norm / hat_norm) * turned
     grad_x = torch.where(keep, grad, 0) + commitment_weight * step
     if metric == "cosine":
-        grad_x = normalise_backward(grad_x, x.to(hat.dtype))
+        grad_x = torch.where(keep, normalise_backward(grad_x, x.to(hat.dtype)), 0)
+    if not codebook_needed:
+        return grad_x.to(x.dtype), codebook.new_empty(0)
     grad_codebook = vq_lookup_backward(-codebook_weight * step, ids, codebook, metric=metric)
     return grad_x.to(x.dtype), grad_codebook
 

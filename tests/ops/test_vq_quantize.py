@@ -97,11 +97,13 @@ def test_no_rows_and_unmasked_nan_rows():
 
 @pytest.mark.skipif(not has_native(), reason="the compiled core does not run")
 def test_training_runs_the_native_kernels():
-    """The forward of vq_quantize assigns and looks up through the core; mixed dtypes are refused."""
-    x, codebook = randn(10, 2, 4), randn(2, 6, 4)
+    """One call of the core forward, one backward; mixed dtypes are refused."""
+    x, codebook = randn(10, 2, 4).requires_grad_(), randn(2, 6, 4).requires_grad_()
     with native.count_calls() as calls:
-        ops.vq_quantize(x, codebook)
-    assert calls["vq_assign"] == 1 and calls["vq_lookup"] == 1
+        z, _, loss, _ = ops.vq_quantize(x, codebook)
+        (z.sum() + loss).backward()
+    made = {name: count for name, count in calls.items() if count}
+    assert made == {"vq_pack": 1, "vq_quantize": 1, "vq_quantize_backward": 1}
     with pytest.raises(DtypeError, match="one dtype"):
         ops.vq_quantize(x.half(), codebook)
 

@@ -1,0 +1,241 @@
+// vq_quantize_backward on CPU, in three steps:
+//   codes   group by group: the codes some row has, as vq_lookup gives them, and their norms
+//   rows    block of rows by block: the gradient to x, and 1 / |x| of each row
+//   sums    group by group, wide codes in slices of columns: e - x_hat of its rows added to each code in the order of
+//           the rows, then taken through the normalisation
+// Nobody adds to another's sum, so no thread count changes a bit.
+
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "common/threads.h"
+#include "vq/vq_canonical.h"
+#include "vq/vq_train_cpu.h"
+
+namespace meditok {
+
+namespace {
+
+constexpr int64_t kSliceColumns = 64;
+
+template <class T>
+class Backward {
+  public:
+    using F = Wide<T>;
+
+    Backward(const QuantizeBackwardParams& params, int threads)
+        : params_(params),
+          codebook_(params.codebook),
+          threads_(threads),
+          cosine_(params.metric == Metric::kCosine),
+          kernels_(train_kernels().of(F{})) {
+        const double elements = static_cast<double>(used_rows(params.mask, params.mask_stride, params.rows)) *
+                                static_cast<double>(codebook_.groups * codebook_.width);
+        step_ = 2.0 * static_cast<double>(*params.grad_loss) / (elements > 1.0 ? elements : 1.0);
+    }
+
+    void run() {
+        if (codebook_.groups == 0 || codebook_.width == 0) return;
+        prepare_codes();
+        prepare_rows();
+        if (params_.grad_codebook != nullptr) sum_codes();
+    }
+
+  private:
+    int64_t id(int64_t row, int64_t group) const {
+        if (params_.mask != nullptr && params_.mask[row * params_.mask_stride] == 0) return kMasked;
+        const int64_t given = params_.ids[row * params_.ids_strides[0] + group * params_.ids_strides[1]];
+        return given >= 0 && given < codebook_.codes ? given : kNowhere;
+    }
+
+    const F* unit(int64_t group, int64_t code) const {
+        return units_ + group * unit_group_ + code * unit_code_;
+    }
+
+    void prepare_codes() {
+        const int64_t groups = codebook_.groups, codes = codebook_.codes, width = codebook_.width;
+        used_.assign(static_cast<size_t>(groups * codes), 0);
+        const bool in_place =
+            std::is_same<T, F>::value && !cosine_ && (codebook_.column_stride == 1 || width <= 1);
+        if (in_place) {
+            units_ = static_cast<const F*>(codebook_.data);
+            unit_group_ = codebook_.group_stride;
+            unit_code_ = codebook_.code_stride;
+        } else {
+            unit_copy_.reset(new F[groups * codes * width]);
+            units_ = unit_copy_.get();
+            unit_group_ = codes * width;
+            unit_code_ = width;
+        }
+        if (cosine_) norms_.reset(new double[groups * codes]);
+        parallel_for(groups, worth_threads(static_cast<double>(params_.rows * groups), threads_),
+                     [&](int, int64_t group) {
+                         unsigned char* used = used_.data() + group * codes;
+                         for (int64_t row = 0; row < params_.rows; ++row) {
+                             const int64_t code = id(row, group);
+                             if (code >= 0) used[code] = 1;
+                         }
+                         if (in_place) return;
+                         for (int64_t code = 0; code < codes; ++code) {
+                             if (used[code]) copy_code(group, code);
+                         }
+                     });
+    }
+
+    void copy_code(int64_t group, int64_t code) {
+        const int64_t width = codebook_.width;
+        const T* from = static_cast<const T*>(codebook_.data) + group * codebook_.group_stride +
+                        code * codebook_.code_stride;
+        F* to = unit_copy_.get() + group * unit_group_ + code * unit_code_;
+        double norm = 1.0;
+        if (cosine_) {
+            norm = canonical_norm(from, codebook_.column_stride, width);
+            norms_[group * codebook_.codes + code] = norm;
+        }
+        const F* row = contiguous_rows(from, 0, codebook_.column_stride, 1, width, to).data;
+        kernels_.divide(&row, cosine_ ? &norm : nullptr, 1, width, to, width);
+        if constexpr (!std::is_same<T, F>::value) {
+            for (int64_t i = 0; i < width; ++i) {
+                T rounded;
+                from_double(to[i], rounded);
+                to[i] = widened(rounded);
+            }
+        }
+    }
+
+    void prepare_rows() {
+        const int64_t groups = codebook_.groups, width = codebook_.width, rows = params_.rows;
+        const int64_t at_once = rows_at_once(width);
+        const int64_t blocks = (rows + at_once - 1) / at_once;
+        const int workers =
+            participants(blocks, worth_threads(static_cast<double>(rows * groups * width), threads_));
+        const int64_t scratch_elements = (3 * at_once + 1) * width;
+        std::vector<F> scratch(static_cast<size_t>(workers * scratch_elements));
+        if (cosine_) inverse_.reset(new double[rows * groups]);
+        parallel_for(blocks, workers, [&](int participant, int64_t block) {
+            const int64_t begin = block * at_once;
+            const int64_t end = begin + at_once < rows ? begin + at_once : rows;
+            F* at = scratch.data() + participant * scratch_elements;
+            for (int64_t group = 0; group < groups; ++group) rows_of(group, begin, end, at_once, at);
+        });
+    }
+
+    void rows_of(int64_t group, int64_t begin, int64_t end, int64_t at_once, F* scratch) {
+        const int64_t groups = codebook_.groups, width = codebook_.width, count = end - begin;
+        F* nans = scratch + 3 * at_once * width;
+        for (int64_t i = 0; i < width; ++i) nans[i] = std::numeric_limits<F>::quiet_NaN();
+        const int64_t* xs = params_.x_strides;
+        const int64_t* gs = params_.grad_z_strides;
+        const RowView<F> x = contiguous_rows(static_cast<const T*>(params_.x) + begin * xs[0] + group * xs[1],
+                                             xs[0], xs[2], count, width, scratch);
+        const RowView<F> grad =
+            contiguous_rows(static_cast<const T*>(params_.grad_z) + begin * gs[0] + group * gs[1], gs[0],
+                            gs[2], count, width, scratch + at_once * width);
+        const F* code[64];
+        for (int64_t r = 0; r < count; ++r) {
+            const int64_t k = id(begin + r, group);
+            code[r] = k >= 0 ? unit(group, k) : k == kMasked ? nullptr : nans;
+        }
+        T* out = static_cast<T*>(params_.grad_x) + (begin * groups + group) * width;
+        F* wide = scratch + 2 * at_once * width;
+        int64_t stride = width;
+        if constexpr (std::is_same<T, F>::value) {
+            wide = out;
+            stride = groups * width;
+        }
+        kernels_.backward({count, width, x.data, x.stride, grad.data, grad.stride, code,
+                           params_.commitment_weight * step_, cosine_, params_.rotation, wide, stride,
+                           cosine_ ? inverse_.get() + begin * groups + group : nullptr, groups});
+        if constexpr (!std::is_same<T, F>::value) {
+            for (int64_t r = 0; r < count; ++r) {
+                for (int64_t i = 0; i < width; ++i)
+                    from_double(wide[r * width + i], out[r * groups * width + i]);
+            }
+        }
+    }
+
+    void sum_codes() {
+        const int64_t groups = codebook_.groups, codes = codebook_.codes, width = codebook_.width;
+        std::unique_ptr<F[]> copy;
+        F* sums;
+        if constexpr (std::is_same<T, F>::value) {
+            sums = static_cast<F*>(params_.grad_codebook);
+        } else {
+            copy.reset(new F[groups * codes * width]);
+            sums = copy.get();
+        }
+        const int64_t slices = (width + kSliceColumns - 1) / kSliceColumns;
+        const int workers = worth_threads(static_cast<double>(params_.rows * groups * width), threads_);
+        parallel_for(groups * slices, workers, [&](int, int64_t item) {
+            const int64_t group = item / slices, first = item % slices * kSliceColumns;
+            const int64_t count = first + kSliceColumns < width ? kSliceColumns : width - first;
+            F* group_sums = sums + group * codes * width;
+            add_slice(group, first, count, group_sums + first);
+            if (slices == 1) finish_group(group, group_sums);
+        });
+        if (slices == 1) return;
+        parallel_for(groups, workers,
+                     [&](int, int64_t group) { finish_group(group, sums + group * codes * width); });
+    }
+
+    // sums[k] = sum of e - x_hat over the rows with id k, for columns first .. first + count - 1.
+    void add_slice(int64_t group, int64_t first, int64_t count, F* sums) {
+        const int64_t codes = codebook_.codes, width = codebook_.width;
+        for (int64_t code = 0; code < codes; ++code) {
+            std::memset(sums + code * width, 0, static_cast<size_t>(count) * sizeof(F));
+        }
+        const int64_t* xs = params_.x_strides;
+        const T* x = static_cast<const T*>(params_.x) + group * xs[1] + first * xs[2];
+        F scratch[kSliceColumns];
+        for (int64_t row = 0; row < params_.rows; ++row) {
+            const int64_t code = id(row, group);
+            if (code < 0) continue;
+            const F* from = contiguous_rows(x + row * xs[0], 0, xs[2], 1, count, scratch).data;
+            const double scale = cosine_ ? inverse_[row * codebook_.groups + group] : 1.0;
+            kernels_.add_difference(from, scale, unit(group, code) + first, count, sums + code * width);
+        }
+    }
+
+    void finish_group(int64_t group, F* sums) {
+        const int64_t codes = codebook_.codes, width = codebook_.width;
+        const double factor = params_.codebook_weight * step_;
+        for (int64_t code = 0; code < codes; ++code) {
+            F* sum = sums + code * width;
+            if (used_[group * codes + code]) {
+                if (cosine_) {
+                    kernels_.through_norm(sum, factor, unit(group, code), norms_[group * codes + code], width,
+                                          sum);
+                } else {
+                    for (int64_t i = 0; i < width; ++i) sum[i] = static_cast<F>(sum[i] * factor);
+                }
+            }
+            if constexpr (!std::is_same<T, F>::value) {
+                T* out = static_cast<T*>(params_.grad_codebook) + (group * codes + code) * width;
+                for (int64_t i = 0; i < width; ++i) from_double(sum[i], out[i]);
+            }
+        }
+    }
+
+    static constexpr int64_t kNowhere = -1, kMasked = -2;
+    const QuantizeBackwardParams& params_;
+    const Codebook& codebook_;
+    const int threads_;
+    const bool cosine_;
+    const RowKernels<F> kernels_;
+    double step_;                      // 2 grad_loss / elements
+    std::vector<unsigned char> used_;  // (groups, codes)
+    std::unique_ptr<F[]> unit_copy_;   // (groups, codes, width) rows of vq_lookup, of used codes only
+    const F* units_ = nullptr;         // those, or the codebook itself
+    int64_t unit_group_ = 0, unit_code_ = 0;
+    std::unique_ptr<double[]> norms_;    // (groups, codes) of used codes, cosine only
+    std::unique_ptr<double[]> inverse_;  // (rows, groups) 1 / max(|x|, 1e-12), cosine only
+};
+
+}  // namespace
+
+void vq_quantize_backward_cpu(const QuantizeBackwardParams& params, int threads) {
+    for_dtype(params.type, [&](auto element) { Backward<decltype(element)>(params, threads).run(); });
+}
+
+}  // namespace meditok

@@ -1,0 +1,55 @@
+// Between the CPU files of the training pass: what is done with one vector after another. F is float or double;
+// rows of other types are widened to float first. Columns are contiguous. Plain pointers only, see common/simd.h.
+//
+// Every sum has eight partial sums, element i going to number i mod 8, joined as
+// ((0+4) + (2+6)) + ((1+5) + (3+7)), and no operation is fused: the same bits on every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace meditok {
+
+template <class F>
+struct BackwardRows {
+    int64_t rows, width;
+    const F* x;  // (rows, width)
+    int64_t x_stride;
+    const F* grad;  // (rows, width)
+    int64_t grad_stride;
+    const F* const* code;  // (rows) rows of codes as vq_lookup gives them; null: masked, gradient 0
+    double step;           // commitment_weight * 2 * grad_loss / elements
+    bool cosine, rotation;
+    F* out;  // (rows, width)
+    int64_t out_stride;
+    double* inverse;  // (rows) 1 / max(|x|, 1e-12) is written here; null: not wanted
+    int64_t inverse_stride;
+};
+
+template <class F>
+struct RowKernels {
+    // out[r] = F(code[r] / norm[r]): a row of vq_lookup; norm null: the code itself. `out` may be the codes.
+    void (*divide)(const F* const* code, const double* norm, int64_t rows, int64_t width, F* out,
+                   int64_t out_stride);
+    // errors[r * errors_stride] = |x_hat - z|^2
+    void (*error)(const F* x, int64_t x_stride, const F* z, int64_t z_stride, int64_t rows, int64_t width,
+                  bool cosine, double* errors, int64_t errors_stride);
+    void (*backward)(const BackwardRows<F>& block);
+    // sum += code - F(x * scale)
+    void (*add_difference)(const F* x, double scale, const F* code, int64_t width, F* sum);
+    // out = factor * sum taken through the normalisation of a code of this norm; sum may be out.
+    void (*through_norm)(const F* sum, double factor, const F* unit, double norm, int64_t width, F* out);
+};
+
+struct TrainKernels {
+    RowKernels<float> single;
+    RowKernels<double> wide;
+
+    const RowKernels<float>& of(float) const { return single; }
+    const RowKernels<double>& of(double) const { return wide; }
+};
+
+TrainKernels train_rows_scalar();
+TrainKernels train_rows_avx2();
+TrainKernels train_rows_avx512();
+
+}  // namespace meditok
