@@ -102,3 +102,7 @@ class UnsafeFileError(MeditokError):
 
 class ImageTooLargeError(UnsafeFileError):
     """An image whose header claims more pixels or bytes than the limits allow."""
+
+
+class WorkerError(MeditokError):
+    """A worker process that died or failed while it read a file."""

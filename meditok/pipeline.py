@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from .errors import BadInputError, MeditokError, UsageError
-from .tokens.schema import Description, TokenInfo, id_dtype
+from .bulk.encoding import Result, encode
+from .bulk.reading import PATCH
+from .errors import BadInputError, UsageError
+from .tokens.schema import TokenInfo
 from .tokens.tokens import Tokens
 
 if TYPE_CHECKING:
     from .data import MedicalImage, Row, Source
     from .data.options import ReadOptions
     from .models.tokenizer import Tokenizer
-    from .tokens.keys import Namer
 
-PATCH = 16
 BATCH_SIZE = 16
-_CHUNK = 1 << 20  # bytes read at once for a digest
 FITS = ("pad", "stretch", "crop", "tile")
 # What the published batch script does: resize to a square, whatever the aspect.
 PRESETS = {"published": {"fit": "stretch"}}
@@ -65,151 +61,6 @@ class Settings:
 
     def size_for(self, model: Tokenizer) -> int:
         return self.size or model.config.image_size
-
-
-@dataclass
-class Result:
-    """One input file: its rows, or the error it failed with."""
-
-    name: str  # path relative to the input it came with; for terminals and keyed hashes only
-    path: str
-    ids: list[np.ndarray] = field(default_factory=list)  # (G, N) each
-    rows: list[Description] = field(default_factory=list)
-    error: MeditokError | None = None
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Item:
-    """A fitted picture, an error, or with neither the end of a source."""
-
-    source: Source
-    name: str = ""
-    path: str = ""
-    pixels: torch.Tensor | None = None  # (3, S, S)
-    row: Description | None = None
-    error: MeditokError | None = None
-    warnings: Sequence[str] = ()
-
-
-def describe(image: MedicalImage, row_name: str, namer: Namer, extra: dict | None = None) -> Description:
-    """The row of a fitted picture named "<relative path>#<frame>"."""
-    file, _, frame = row_name.rpartition("#")
-    return Description(
-        id=namer.row_id(file, int(frame)),
-        height=image.height,
-        width=image.width,
-        modality=image.modality,
-        body_part=image.body_part,
-        window=image.window,
-        unit=image.unit,
-        low=float(image.low),
-        high=float(image.high),
-        channels=image.channels,
-        source=namer.name(file),
-        volume=namer.name(image.volume),
-        slice=image.slice,
-        frame=image.frame,
-        position=image.position,
-        tile=image.tile,
-        geometry=image.geometry,
-        steps=tuple(image.steps),
-        extra=extra or {},
-    )
-
-
-def encode(sources: Iterable[Source], model: Tokenizer, settings: Settings, namer: Namer) -> Iterator[Result]:
-    """Tokenise every row of every source, in order, a batch at a time: one Result for each file.
-
-    A failing file yields its error at once and no row; the others come out when their source (a file, or a
-    series of files) is done. Memory: one batch of pictures, and the tokens of one source.
-    """
-    results: dict[str, Result] = {}
-    for item, ids in _tokenized(_fitted(sources, settings.size_for(model), settings, namer), model, settings):
-        if not item.name:
-            for name, path in _files(item.source):
-                if name not in results:
-                    yield Result(name, path, error=BadInputError(f"{path}: holds no picture of the --frame asked for"))
-            yield from (result for result in results.values() if result.error is None)
-            results = {}
-            continue
-        result = results.setdefault(item.name, Result(item.name, item.path))
-        if result.error is not None:
-            continue
-        result.warnings += [warning for warning in item.warnings if warning not in result.warnings]
-        if item.error is not None:
-            yield replace(result, error=item.error, ids=[], rows=[])
-            result.error = item.error
-        else:
-            result.ids.append(ids)
-            result.rows.append(item.row)
-
-
-def _files(source: Source) -> list[tuple[str, str]]:
-    """(relative name, path) of every file of a source."""
-    names = getattr(source, "names", None)
-    return [(name, label) for label, name in names.items()] if names else [(source.name, source.path)]
-
-
-def _fitted(sources: Iterable[Source], size: int, settings: Settings, namer: Namer) -> Iterator[_Item]:
-    from .data import fit
-
-    for source in sources:
-        for row in source.rows():
-            name = row.name.rpartition("#")[0]
-            if row.error is not None:
-                yield _Item(source, name, row.path, error=row.error)
-                continue
-            extra = {column: _text(row.columns.get(column)) for column in settings.columns}
-            for image in fit(row.image, size, settings.fit, multiple=PATCH):
-                yield _Item(
-                    source,
-                    name,
-                    row.path,
-                    image.pixels,
-                    describe(image, row.name, namer, extra),
-                    warnings=image.warnings,
-                )
-        yield _Item(source)
-
-
-def _tokenized(items: Iterable[_Item], model: Tokenizer, settings: Settings):
-    """Pairs (item, ids (G, N) or None), in order; pictures run through the model `batch_size` at a time."""
-    waiting: list[_Item] = []
-    pictures = 0
-    for item in items:
-        waiting.append(item)
-        pictures += item.pixels is not None
-        if pictures == settings.batch_size:
-            yield from _run(waiting, model, settings)
-            waiting, pictures = [], 0
-        elif not pictures:  # only failures so far: tell them now
-            yield item, None
-            waiting = []
-    yield from _run(waiting, model, settings)
-
-
-def _run(items: list[_Item], model: Tokenizer, settings: Settings):
-    pixels = [item.pixels for item in items if item.pixels is not None]
-    ids = iter(())
-    if pixels:
-        found = model.tokenize(torch.stack(pixels), stable=settings.stable).cpu().numpy()
-        ids = iter(found.astype(id_dtype(model.config.codebook_size)))
-    for item in items:
-        yield item, None if item.pixels is None else next(ids)
-
-
-def fingerprint(sources: Iterable[Source], settings: dict, namer: Namer) -> str:
-    """Keyed digest of what a run works on: names, bytes and options of its files, and the settings given."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for source in sources:
-        digest.update(repr((source.name, source.columns, replace(source.options, limits=None))).encode())
-        for blob in sorted(source.blobs, key=lambda blob: blob.label):
-            name = source.names.get(blob.label, source.name)
-            digest.update(repr((name, source.row_columns.get(name), blob.size)).encode())
-            for start in range(0, blob.size, _CHUNK):
-                digest.update(blob.read(start, _CHUNK))
-    return namer.digest(digest.hexdigest())
 
 
 # -- one-line calls ------------------------------------------------------------------------------------------
@@ -350,7 +201,3 @@ def _in_given_order(sources: list[Source], items: list[str | os.PathLike]) -> li
         return next((place[str(p)] for p in (path, *path.parents) if str(p) in place), len(items))
 
     return sorted(sources, key=rank)
-
-
-def _text(value) -> str | None:
-    return None if value is None else str(value)

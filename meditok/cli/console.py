@@ -66,19 +66,32 @@ class Console:
         click.echo(f"{prefix}{about}{' '.join(message.split())}", err=True)
 
     @contextlib.contextmanager
-    def progress(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """A bar on stderr, on a terminal only; yields a function that advances it."""
+    def progress(self, label: str, total: int | None, done: int = 0) -> Iterator[Callable[..., None]]:
+        """A bar on stderr, on a terminal only: how many, images a second, time left, failures.
+
+        Yields advance(step=1, failed=0). `done` were there before.
+        """
         plain = self.quiet or self.log_json or not sys.stderr.isatty()
         if plain or importlib.util.find_spec("rich") is None:
-            yield lambda step=1: None
+            yield lambda step=1, failed=0: None
             return
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        told = TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[failures]}")
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *told
         with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda step=1: bar.advance(task, step)
+            task = bar.add_task(label, total=total, completed=done, rate="", failures="")
+            failures = 0
+
+            def advance(step: int = 1, failed: int = 0) -> None:
+                nonlocal failures
+                failures += failed
+                speed = bar.tasks[task].speed
+                rate = f"{speed:.1f}/s" if speed else ""
+                bar.update(task, advance=step, rate=rate, failures=f"{failures} failed" if failures else "")
+
+            yield advance
 
 
 console = Console()
@@ -100,8 +113,8 @@ def run_guarded(call: Callable[[], int | None]) -> int:
             context = getattr(error, "ctx", None)
             where = f" (see {context.command_path} --help)" if context else ""
             return _fail(error, error.format_message().rstrip(".") + where, UsageError.exit_code)
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("meditok: interrupted; nothing unfinished was kept", err=True)
+        except (KeyboardInterrupt, click.Abort) as interruption:
+            click.echo(f"meditok: interrupted; {interruption or 'nothing unfinished was kept'}", err=True)
             return INTERRUPTED
         except BrokenPipeError:
             # Whoever read stdout has left; what Python still flushes at exit goes nowhere.

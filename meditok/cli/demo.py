@@ -145,8 +145,8 @@ def scans() -> Iterator[tuple[Scan, Path, MedicalImage]]:
 
 def run_demo(model: Tokenizer, tokens: Path) -> Iterator[Shown]:
     """Tokenise the scans into `tokens`, then decode that file; yields one Shown a scan."""
+    from ..bulk.reading import PATCH, describe
     from ..data import fit
-    from ..pipeline import PATCH, describe
     from ..tokens.format import TokenReader, TokenWriter
     from ..tokens.keys import Namer
     from ..tokens.restore import restore

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import time
-from collections.abc import Callable, Iterable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from ..bulk.encoding import Result
+from ..bulk.plan import Plan, make_plan
+from ..bulk.run import Seconds, Summary, Work, failure_record, run_shards
+from ..bulk.workers import default_workers
 from ..errors import BadInputError, MeditokError, MissingPartError, UsageError
-from ..pipeline import PATCH, Result, Settings, encode, fingerprint
-from ..tokens.schema import Description, TokenInfo, check_extra
+from ..pipeline import Settings
+from ..tokens.schema import TokenInfo, check_extra
 from .console import console
 
 if TYPE_CHECKING:
-    from ..data import Discovery, ReadOptions, Source
+    from ..bulk.folder import Record
+    from ..data import Discovery, ReadOptions
     from ..models.tokenizer import Tokenizer
+    from ..tokens.format import TokenWriter
     from ..tokens.keys import Namer
 
 SOME_FAILED = 6
@@ -26,22 +33,74 @@ SOME_FAILED = 6
 
 @dataclass
 class Tally:
-    """Counts of input files; found = ok + failed + ignored. `rows` counts pictures."""
+    """Counts of input files; found = ok + failed + ignored. `rows` counts pictures. Told of results as they come."""
 
+    ignored: int = 0
     ok: int = 0
     failed: int = 0
-    ignored: int = 0
     rows: int = 0
-    rate: float = 0.0  # pictures a second
-    failures: list[tuple[str, MeditokError]] = field(default_factory=list)  # (relative name, error)
+    made: int = 0  # rows made by this run; those of an earlier one were there
+    seconds: Seconds = field(default_factory=Seconds)
+    failures: list[dict] = field(default_factory=list)  # as files hold them
+    told: list[dict] = field(default_factory=list)  # the same as the report tells them
+    record: Callable[..., dict] | None = None  # of a failure
+    unread: int = 0  # how many of them failed before they were read
+    names: bool = False  # whether the report tells names and messages
+    on_error: str = "fail"
+    advance: Callable[..., None] = lambda step=0, failed=0: None
+    _first: MeditokError | None = None
 
     @property
     def found(self) -> int:
         return self.ok + self.failed + self.ignored
 
+    @property
+    def rate(self) -> float:
+        """Pictures made a second."""
+        return self.made / max(self.seconds.wall, 1e-9)
+
+    def file(self, result: Result) -> None:
+        for warning in result.warnings:
+            console.warning(warning, name=result.name)
+        if result.error is not None:
+            self.fail(result.name, result.error)
+            return
+        self.ok += 1
+        self.rows += len(result.rows)
+        self.made += len(result.rows)
+
+    def pictures(self, count: int) -> None:
+        self.advance(count)
+
     def fail(self, name: str, error: MeditokError) -> None:
+        """Count a failure, or raise it where the first one ends the run."""
+        if self.on_error == "fail":
+            raise error
+        console.failure(error, name=name)
+        self._first = self._first or error
         self.failed += 1
-        self.failures.append((name, error))
+        self.failures.append(self.record(name, error))
+        self.told.append(self.record(name, error, names=self.names))
+        self.advance(0, failed=1)
+
+    def conclude(self) -> None:
+        """BadInputError unless at least one file was good."""
+        if self.ok:
+            return
+        if self._first is not None:
+            raise BadInputError(f"all {self.failed} files failed; the first: {self._first}")
+        if self.failed:
+            raise BadInputError(f"all {self.failed} files failed")
+        raise BadInputError(f"no images found ({self.ignored} files ignored); give files or folders that hold some")
+
+    def settle(self, records: Sequence[Record]) -> None:
+        """Take ok, rows and failures from the records of all parts, whoever made them, and when."""
+        self.ok, self.rows = sum(record.ok for record in records), sum(record.rows for record in records)
+        told = {failure["source"]: failure for failure in self.told}
+        before = self.failures[: self.unread]
+        self.failures = before + [failure for record in records for failure in record.failures]
+        self.told = [told.get(failure["source"], failure) for failure in self.failures]
+        self.failed = len(self.failures)
 
     def counts(self) -> dict[str, int]:
         return {
@@ -159,31 +218,44 @@ class Job:
     model: Tokenizer
     namer: Namer
     on_error: str = "fail"
+    workers: int = 0
+
+    @property
+    def work(self) -> Work:
+        return Work(self.model, self.settings, self.namer, self.workers)
 
     @property
     def info(self) -> TokenInfo:
         """Header of the tokens this run makes."""
-        side = self.settings.size_for(self.model) // PATCH
-        return TokenInfo.of(self.model, (side, side), stable=self.settings.stable)
+        return self.work.info
 
-    def digest(self, **more) -> str:
-        """Keyed digest of the inputs and of every option that changes the result."""
+    def plan(self, shard_size: int | None = None) -> Plan:
+        """The parts of this run, one for everything without `shard_size`, and the digest of what decides them."""
         making = asdict(self.settings)
         if self.settings.stable:
             del making["batch_size"]  # changes nothing then
-        reading = {k: v for k, v in asdict(self.reading).items() if k != "limits"}
-        return fingerprint(
-            self.found.sources,
-            {
-                "model": self.model.hash,
-                "precision": self.model.precision,
-                "device_class": self.model.device.type,
-                "read": reading,
-                "make": making,
-            }
-            | more,
-            self.namer,
-        )
+        settings = {
+            "model": self.model.hash,
+            "precision": self.model.precision,
+            "device_class": self.model.device.type,
+            "read": {k: v for k, v in asdict(self.reading).items() if k != "limits"},
+            "make": making,
+        }
+        tile = self.settings.size_for(self.model) if self.settings.fit == "tile" else None
+        return make_plan(self.found, settings, self.namer, shard_size, tile)
+
+    def tally(self, *, names: bool = False) -> Tally:
+        """Counts to begin with: what was ignored and what failed before it was read. Raises that with on_error fail.
+
+        `names`: the report tells failures with names and messages.
+        """
+
+        record = partial(failure_record, namer=self.namer)
+        tally = Tally(len(self.found.ignored), record=record, names=names, on_error=self.on_error)
+        for name, error in self.found.failed:
+            tally.fail(str(name), error)
+        tally.unread = tally.failed
+        return tally
 
 
 def start(
@@ -193,8 +265,12 @@ def start(
     options: dict,
     *,
     outputs: Sequence[str] = (),
+    processes: int = 1,
 ) -> Job:
-    """Find the inputs, then load the model. Errors as in find_inputs and load_model."""
+    """Find the inputs, then load the model. Errors as in find_inputs and load_model.
+
+    `processes` is how many runs share this machine.
+    """
     from ..tokens.keys import Namer
 
     namer = Namer(keep_names=settings.keep_names)
@@ -204,79 +280,66 @@ def start(
     if settings.keep_names:
         check_names(found)
     model = load_model(options["model"], options["device"], options["precision"])
-    return Job(found, reading, settings, model, namer, options["on_error"])
+    workers = options.get("workers")
+    if workers is None:
+        workers = default_workers(len(found.sources), on_gpu=model.device.type != "cpu", processes=processes)
+    return Job(found, reading, settings, model, namer, options["on_error"], workers)
 
 
-def tokenize_into(write: Callable[[np.ndarray, list[Description]], None], job: Job) -> Tally:
-    """Tokenise what was found, handing rows to `write`; returns the counts.
+@dataclass
+class _Whole:
+    """One token file as the sink of everything; closed by whoever opened it."""
+
+    writer: TokenWriter
+    summary: Summary | None = None
+
+    def __post_init__(self):
+        self.write, self.abort = self.writer.write, self.writer.abort
+
+    def finish(self, summary: Summary) -> None:
+        self.summary = summary
+
+
+def tokenize_into(writer: TokenWriter, job: Job, plan: Plan, *, names: bool = False) -> tuple[Tally, str]:
+    """Tokenise what was found into one file, left open; returns the counts and the keyed digest of all bytes read.
 
     With on_error "fail" the first failure is raised. BadInputError: nothing was found, or everything failed.
     """
-    tally = Tally(ignored=len(job.found.ignored))
-    started = time.monotonic()
-    for path, error in job.found.failed:
-        _failed(tally, str(path), error, job.on_error)
-    with console.progress("tokenising", len(job.found.sources)) as advance:
-        for result in encode(_counted(job.found.sources, advance), job.model, job.settings, job.namer):
-            _take(tally, result, write, job.on_error)
-    conclude(tally)
-    tally.rate = tally.rows / max(time.monotonic() - started, 1e-9)
-    console.info(f"{tally.sentence()}, {tally.rate:.1f} a second on {backend(job.model)}", **tally.counts())
-    return tally
+    from ..bulk.plan import digest_of
+
+    tally, sink = job.tally(names=names), _Whole(writer)
+    with console.progress("tokenising", plan.pictures) as tally.advance:
+        tally.seconds = run_shards(plan.shards, job.work, lambda _: sink, tally)
+    tally.conclude()
+    tell(tally, job)
+    return tally, digest_of(sink.summary.contents, job.namer)
 
 
-def _counted(sources: Iterable[Source], advance: Callable[[int], None]):
-    for source in sources:
-        yield source
-        advance(1)
+def tell(tally: Tally, job: Job) -> None:
+    """The last line of a run."""
+    rate = f", {tally.rate:.1f} a second on {backend(job.model)}" if tally.made else ""
+    console.info(f"{tally.sentence()}{rate}", **tally.counts())
 
 
-def _take(tally: Tally, result: Result, write: Callable, on_error: str) -> None:
-    for warning in result.warnings:
-        console.warning(warning, name=result.name)
-    if result.error is not None:
-        _failed(tally, result.name, result.error, on_error)
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM, as schedulers send it, stops a run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    tally.ok += 1
-    tally.rows += len(result.rows)
-    if result.rows:
-        write(np.stack(result.ids), result.rows)
 
+    def stop(*_):
+        raise KeyboardInterrupt
 
-def _failed(tally: Tally, name: str, error: MeditokError, on_error: str) -> None:
-    if on_error == "fail":
-        raise error
-    console.failure(error, name=name)
-    tally.fail(name, error)
-
-
-def conclude(tally: Tally) -> None:
-    """BadInputError unless at least one file was good."""
-    if tally.ok:
-        return
-    if tally.failed:
-        raise BadInputError(f"all {tally.failed} files failed; the first: {tally.failures[0][1]}")
-    raise BadInputError(f"no images found ({tally.ignored} files ignored); give files or folders that hold some")
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def exit_code(tally: Tally) -> int:
     return SOME_FAILED if tally.failed else 0
-
-
-def failure_records(tally: Tally, namer: Namer, *, names: bool = False) -> list[dict]:
-    """Failures for a file: keyed hash and kind of error, the message only where names may be told."""
-    records = []
-    for name, error in tally.failures:
-        record = {
-            "source": namer.name(name),
-            "error": type(error).__name__,
-            "exit_code": error.exit_code,
-            "meaning": (type(error).__doc__ or "").split("\n")[0],
-        }
-        if names or namer.keep_names:
-            record |= {"name": name, "message": str(error)}
-        records.append(record)
-    return records
 
 
 def finished_report(out: Path, job: Job, failed: int) -> dict:
@@ -285,16 +348,17 @@ def finished_report(out: Path, job: Job, failed: int) -> dict:
 
     files = sum(len(source.names) or 1 for source in job.found.sources) + len(job.found.failed)
     with open_tokens(out) as reader:
-        tally = Tally(files - failed, failed, len(job.found.ignored), len(reader))
+        tally = Tally(len(job.found.ignored), files - failed, failed, len(reader))
     return tally.counts() | job.info.to_metadata() | {"nothing_to_do": True}
 
 
-def report_of(tally: Tally, job: Job, json_out: str | None) -> dict:
-    """The JSON report of a run; names only on stdout or with --keep-names."""
-    failures = failure_records(tally, job.namer, names=json_out == "-")
+def report_of(tally: Tally, job: Job) -> dict:
+    """The JSON report of a run."""
     run = {
         "backend": backend(job.model),
         "images_per_second": round(tally.rate, 3),
+        "made_now": tally.made,
+        "seconds": {name: round(value, 3) for name, value in asdict(tally.seconds).items()},
         "warnings": console.warned,
     }
-    return tally.counts() | job.info.to_metadata() | run | {"failures": failures}
+    return tally.counts() | job.info.to_metadata() | run | {"failures": tally.told}

@@ -147,6 +147,20 @@ failing = click.option(
 overwriting = click.option("--overwrite", is_flag=True, help="Replace an output that is there.")
 planning = click.option("--dry-run", is_flag=True, help="Read everything, write nothing, say what would fail.")
 
+bulk = _together(
+    click.option(
+        "--workers", type=click.IntRange(0), help="Processes that read files; 0: none.  [default: by the machine]"
+    ),
+    click.option("--shard-size", type=int, default=8192, show_default=True, help="Rows a part of a folder, about."),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "torchrun", "ray"]),
+        default="local",
+        show_default=True,
+        help="Who makes the parts: this process, the processes of torchrun, or actors of Ray.",
+    ),
+)
+
 speaking = _together(
     click.option(
         "--json",

@@ -49,7 +49,7 @@ def command(inputs: tuple[str, ...], out: str | None, json_out: str | None, dry_
     with tempfile.TemporaryDirectory(prefix="meditok-") as folder:
         tokens = Path(folder) / "tokens.parquet"
         with TokenWriter(tokens, job.info, settings.columns) as writer:
-            tally = jobs.tokenize_into(writer.write, job)
+            tally, _ = jobs.tokenize_into(writer, job, job.plan(), names=json_out == "-")
         os.makedirs(out, exist_ok=True)
         written = decode_file(
             tokens,
@@ -61,6 +61,6 @@ def command(inputs: tuple[str, ...], out: str | None, json_out: str | None, dry_
             overwrite=options["overwrite"],
         )
     if tally.failed:
-        write_failures(out, jobs.failure_records(tally, job.namer))
-    write_json(json_out, jobs.report_of(tally, job, json_out) | written)
+        write_failures(out, tally.failures)
+    write_json(json_out, jobs.report_of(tally, job) | written)
     return jobs.exit_code(tally)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .console import console, write_json
 
 if TYPE_CHECKING:
-    from ..data import Discovery
+    from ..data import Discovery, MedicalImage, Source
     from ..tokens.keys import Namer
     from .jobs import Job
 
@@ -29,8 +32,26 @@ TEXT_FIELDS = (
 )
 
 
-def scan(found: Discovery) -> list[dict]:
+@dataclass
+class Probe:
+    """Called with a source: its records, in one list. With a size they tell what fitting would fail on, too."""
+
+    size: int | None = None
+    mode: str = "pad"
+
+    def __call__(self, source: Source) -> Iterator[list[dict]]:
+        yield source.probe(self._fit if self.size else None)
+
+    def _fit(self, image: MedicalImage) -> None:
+        from ..data import fit
+
+        fit(image, self.size, self.mode)
+
+
+def scan(found: Discovery, probe: Probe | None = None) -> list[dict]:
     """One record a file, as Source.probe gives them, those that failed already included."""
+    from ..bulk.workers import default_workers, stream
+
     records = [
         {
             "name": str(path),
@@ -45,9 +66,11 @@ def scan(found: Discovery) -> list[dict]:
         for path, error in found.failed
     ]
     with console.progress("reading", len(found.sources)) as advance:
-        for source in found.sources:
-            records += source.probe()
-            advance(1)
+        workers = default_workers(len(found.sources), on_gpu=True)
+        with closing(stream(probe or Probe(), found.sources, workers)) as probed:
+            for some in probed:
+                records += some
+                advance(1)
     return records
 
 
@@ -79,7 +102,7 @@ def predicted_code(records: list[dict], on_error: str) -> int:
 
 def rehearse(job: Job, json_out: str | None) -> int:
     """Say what a run would do, write nothing but the report, and return what the run would."""
-    records = scan(job.found)
+    records = scan(job.found, Probe(job.settings.size_for(job.model), job.settings.fit))
     for record in records:
         if record["error"]:
             console.warning(f"would fail: {record['error']}", private=True)

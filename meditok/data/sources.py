@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Source:
     names: dict[str, str] = field(default_factory=dict)  # label of a member file -> its relative name
     row_columns: dict[str, dict] = field(default_factory=dict)  # relative name -> columns, for series
     warnings: list[str] = field(default_factory=list)
+    kind: str = "dicom"  # as its first bytes say: png | jpeg | tiff | bmp | npy | nifti | dicom
 
     def open(self):
         """The reader of this source; errors as the readers raise them."""
@@ -98,8 +99,28 @@ class Source:
         source = reader.slots[index].source
         return f"{self.names[source.blob.label]}#{source.frame}", source.blob.label
 
-    def probe(self) -> list[dict]:
+    def count(self, tile: int | None = None) -> int:
+        """Pictures its headers promise; with `tile`, tiles of so many pixels a side. 1 where they cannot be read."""
+
+        def tiles(height: int, width: int) -> int:
+            return 1 if tile is None else -(-height // tile) * -(-width // tile)
+
+        wanted = self.options.frame
+        if self.slices:
+            chosen = [piece for piece in self.slices if wanted in (None, piece.frame)]
+            return sum(tiles(piece.rows, piece.columns) for piece in chosen) or 1
+        if tile is None and (wanted is not None or self.kind in ("png", "jpeg", "bmp")):
+            return 1
+        try:
+            reader = self.open()
+        except MeditokError:
+            return 1  # reading it tells why
+        return (reader.frames if wanted is None else 1) * tiles(reader.height, reader.width)
+
+    def probe(self, check: Callable[[MedicalImage], object] | None = None) -> list[dict]:
         """What `inspect` and a dry run tell: one record per file of this source, pixels read but not kept.
+
+        `check` is called with every picture and may raise the error that a run would.
 
         Keys: name, path, modality, syntax, height, width, frames, window, low, high, unit, steps, warnings,
         and, for a file that would fail, error (its message), error_type and exit_code.
@@ -125,15 +146,16 @@ class Source:
                 },
             )  # fmt: skip
             record["frames"] += 1
-            if row.error is not None:
+            image, error = row.image, row.error
+            if check is not None and error is None:
+                try:
+                    check(image)
+                except MeditokError as problem:
+                    error = problem
+            if error is not None:
                 if record["error"] is None:
-                    record.update(
-                        error=str(row.error),
-                        error_type=type(row.error).__name__,
-                        exit_code=row.error.exit_code,
-                    )
+                    record.update(error=str(error), error_type=type(error).__name__, exit_code=error.exit_code)
                 continue
-            image = row.image
             record["warnings"] += [note for note in image.warnings if note not in record["warnings"]]
             if record["height"] is None:
                 record.update(
@@ -276,6 +298,7 @@ def _sort_out(file: _Found, options: ReadOptions, discovery: Discovery, dicom: l
             own.modality or _sidecar(kind, file.blob),
             file.columns,
             [file.blob],
+            kind=kind,
         )
     )
 

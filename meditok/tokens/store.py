@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,34 +31,29 @@ def part_name(index: int) -> str:
 
 
 class StoreWriter:
-    """Writes rows to a folder of parts of `shard_size` rows each.
+    """Writes rows to a new folder of parts of `shard_size` rows each.
 
-    Every part appears whole; store.json says "complete": false until `close`, and readers refuse the folder
-    until then. Rows are divided by their order alone, so the parts do not depend on how rows arrive.
+    What `meditok tokenize` writes can be gone on with after an interruption; this cannot, for rows say nothing of the
+    files they came from.
+
+    Every part appears whole; store.json says "complete": false until `close`, and readers refuse the folder until then.
     """
 
     def __init__(
-        self,
-        out: str | os.PathLike,
-        info: TokenInfo,
-        extra: Sequence[str] = (),
-        *,
-        shard_size: int = SHARD_SIZE,
-        description: dict | None = None,
+        self, out: str | os.PathLike, info: TokenInfo, extra: Sequence[str] = (), *, shard_size: int = SHARD_SIZE
     ):
         if shard_size < 1:
             raise UsageError(f"shard size {shard_size}: give at least 1 row a part")
         self.out, self.info, self.extra, self.shard_size = Path(out), info, tuple(extra), shard_size
-        self.description = description or {}
         self.parts: list[dict] = []
         self._part: TokenWriter | None = None
         self._filled = 0
         self._closed = False
         self.out.mkdir(parents=True, exist_ok=True)
-        for pattern in LEFTOVERS:  # of an earlier or interrupted run, see `plan_output`
+        for pattern in LEFTOVERS:
             for path in self.out.glob(pattern):
                 path.unlink(missing_ok=True)
-        self._write_index(complete=False)
+        write_index(self.out, info, [], "", complete=False)
 
     def write(self, ids: np.ndarray, rows: Sequence[Description]) -> None:
         """Append rows: integer ids (R, G, N) with one description each. TokenShapeError, TokenRangeError."""
@@ -75,9 +71,11 @@ class StoreWriter:
     def _finish_part(self) -> None:
         part, self._part = self._part, None
         part.close()
-        self.parts.append({"file": part.path.name, "rows": self._filled})
+        size = part.path.stat().st_size
+        self.parts.append(
+            {"file": part.path.name, "rows": self._filled, "bytes": size, "sha256": file_digest(part.path)}
+        )
         self._filled = 0
-        self._write_index(complete=False)
 
     def close(self, settings: str = "") -> None:
         """Finish the last part and mark the store complete, once."""
@@ -85,7 +83,7 @@ class StoreWriter:
             return
         if self._part is not None:
             self._finish_part()
-        self._write_index(complete=True, settings=settings)
+        write_index(self.out, self.info, self.parts, settings, complete=True)
         self._closed = True
 
     def abort(self) -> None:
@@ -94,16 +92,9 @@ class StoreWriter:
             self._part.abort()
             self._part = None
         if not self.parts:
-            for name in (STORE, FAILURES):
-                (self.out / name).unlink(missing_ok=True)
+            (self.out / STORE).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # was there before, with other things in it
                 self.out.rmdir()
-
-    def _write_index(self, *, complete: bool, settings: str = "") -> None:
-        index = {"format": FORMAT, "complete": complete, "settings": settings}
-        index |= self.info.to_metadata() | self.description
-        index |= {"parts": self.parts, "rows": sum(part["rows"] for part in self.parts)}
-        write_text(self.out / STORE, json.dumps(index, indent=1) + "\n")
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -113,6 +104,22 @@ class StoreWriter:
             self.close()
         else:
             self.abort()
+
+
+def write_index(folder: Path, info: TokenInfo, parts: list[dict], settings: str, *, complete: bool) -> None:
+    """Write store.json."""
+    index = {"format": FORMAT, "complete": complete, "settings": settings} | info.to_metadata()
+    index |= {"parts": parts, "rows": sum(part["rows"] for part in parts)}
+    write_text(folder / STORE, json.dumps(index, indent=1) + "\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def failures_path(out: str | os.PathLike) -> Path:
@@ -130,50 +137,33 @@ def write_failures(out: str | os.PathLike, failures: Iterable[dict]) -> None:
         path.unlink(missing_ok=True)
 
 
-def finished_settings(out: str | os.PathLike) -> tuple[str, int] | None:
-    """(settings digest, listed failures) of an output that is finished, or None where there is none.
+def plan_file(out: str | os.PathLike, plan: str, contents: Callable[[], str], *, overwrite: bool) -> int | None:
+    """None where the token file `out` must be written; where the same work is finished, the failures it lists.
 
-    UsageError: something else is in the way.
-    """
-    out = Path(out)
-    listed = failures_path(out)
-    if is_single_file(out):
-        if not out.exists():
-            return None
-        if not out.is_file():
-            raise UsageError(f"{out}: a folder of that name is in the way; choose another output")
-        try:
-            with TokenReader([out]) as reader:
-                settings = reader.info.settings
-        except BadInputError:
-            settings = ""
-    else:
-        if out.is_file():
-            raise UsageError(f"{out}: a file of that name is in the way; name a folder, or a file ending in .parquet")
-        if not out.exists() or not any(out.iterdir()):
-            return None
-        index = read_index(out)
-        if index is None:
-            raise UsageError(f"{out}: a folder with other files in it; choose an empty or new one")
-        if not index.get("complete"):
-            return None
-        settings = str(index.get("settings", ""))
-    return settings, len(listed.read_text(encoding="utf-8").splitlines()) if listed.exists() else 0
-
-
-def plan_output(out: str | os.PathLike, settings: str, *, overwrite: bool) -> int | None:
-    """None where `out` must be written; where the same work is finished, the number of failures it lists.
-
+    `plan` and `contents()` are the digests of what a run would work on, see `file_settings`.
     UsageError: another output is there and `overwrite` is not set, or something else is in the way.
     """
-    found = finished_settings(out)
-    if found is None or overwrite:
+    out = Path(out)
+    if out.exists() and not out.is_file():
+        raise UsageError(f"{out}: a folder of that name is in the way; choose another output")
+    if not out.exists() or overwrite:
         return None
-    if found[0] and found[0] == settings:
-        return found[1]
+    try:
+        with TokenReader([out]) as reader:
+            settings = reader.info.settings
+    except BadInputError:
+        settings = ""
+    if settings.startswith(plan) and settings == file_settings(plan, contents()):
+        listed = failures_path(out)
+        return len(listed.read_text(encoding="utf-8").splitlines()) if listed.exists() else 0
     raise UsageError(
         f"{out}: holds the result of other inputs or options; pass --overwrite to replace it, or choose another output"
     )
+
+
+def file_settings(plan: str, contents: str) -> str:
+    """What a token file's header says of its inputs: the digest of the plan, and that of the bytes read."""
+    return plan + contents
 
 
 def read_index(folder: Path) -> dict | None:

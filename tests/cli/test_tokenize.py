@@ -279,7 +279,7 @@ def test_a_defect_is_one_line_and_exit_1_and_debug_shows_where_without_values(
     code, _, err = cli("tokenize", pictures, "-o", tmp_path / "t.parquet", "--debug")
     assert (
         code == 1
-        and "pipeline.py" in err
+        and "encoding.py" in err
         and "secret value" not in err.replace('raise RuntimeError("secret value")', "")
     )
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from meditok.errors import BadInputError, UsageError
+from meditok.errors import BadInputError
 from meditok.tokens import Tokens
-from meditok.tokens.store import StoreWriter, open_tokens, plan_output
+from meditok.tokens.store import StoreWriter, open_tokens
 
 
 def write(out, tokens, settings="s", **options):
@@ -37,7 +37,6 @@ def test_an_unfinished_store_is_refused_until_it_is_finished(make_tokens, tmp_pa
     assert not list((tmp_path / "s").glob(".*"))
     with pytest.raises(BadInputError, match="unfinished"):
         open_tokens(tmp_path / "s")
-    assert plan_output(tmp_path / "s", "s", overwrite=False) is None
     write(tmp_path / "s", tokens, shard_size=100)
     assert len(Tokens.load(tmp_path / "s")) == 9
     assert len(list((tmp_path / "s").glob("part-*"))) == 1
@@ -47,21 +46,6 @@ def test_a_store_that_got_no_part_leaves_nothing(make_tokens, tmp_path):
     with pytest.raises(KeyboardInterrupt), StoreWriter(tmp_path / "s", make_tokens(1).info):
         raise KeyboardInterrupt
     assert not (tmp_path / "s").exists()
-
-
-def test_the_same_work_is_done_once_and_other_work_is_refused(make_tokens, tmp_path):
-    write(tmp_path / "s", make_tokens(3), "first")
-    assert plan_output(tmp_path / "s", "first", overwrite=False) == 0
-    with pytest.raises(UsageError, match="--overwrite"):
-        plan_output(tmp_path / "s", "second", overwrite=False)
-    assert plan_output(tmp_path / "s", "second", overwrite=True) is None
-
-
-def test_a_folder_of_other_files_is_never_written_into(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(UsageError, match="other files"):
-            plan_output(tmp_path, "s", overwrite=overwrite)
 
 
 def test_a_lost_part_is_noticed(make_tokens, tmp_path):
