@@ -9,6 +9,7 @@
 #include "common/check.h"
 #include "common/isa.h"
 #include "common/threads.h"
+#include "vq/vq_large_dim.h"
 
 namespace meditok {
 
@@ -213,6 +214,7 @@ void assign_blocks(const AssignParams& params, const AssignHook& hook, int threa
                 header.width == codebook.width,
             "the packed codebook was made from another codebook or metric; pack it again");
     if (params.rows == 0 || codebook.groups == 0) return;
+    if (assign_large_dim(params, hook, threads)) return;
     Plan plan = make_plan(params);
     const int64_t items = plan.blocks * codebook.groups;
     // Under about 50 microseconds of work, waking threads costs more than it gains.

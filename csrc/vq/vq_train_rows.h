@@ -1,4 +1,4 @@
-// Between the CPU files of the training pass: what is done with one vector after another. F is float or double;
+// Between the CPU files of the training pass and of wide rows: what is done with one vector after another. F is float or double;
 // rows of other types are widened to float first. Columns are contiguous. Plain pointers only, see common/simd.h.
 //
 // Every sum has eight partial sums, element i going to number i mod 8, joined as
@@ -27,6 +27,8 @@ struct BackwardRows {
 
 template <class F>
 struct RowKernels {
+    // sum of x_i^2
+    double (*square)(const F* x, int64_t width);
     // out[r] = F(code[r] / norm[r]): a row of vq_lookup; norm null: the code itself. `out` may be the codes.
     void (*divide)(const F* const* code, const double* norm, int64_t rows, int64_t width, F* out,
                    int64_t out_stride);

@@ -236,6 +236,7 @@ void through_norm(const F* sum, double factor, const F* unit, double norm, int64
 template <class F>
 RowKernels<F> row_kernels() {
     return RowKernels<F>{
+        [](const F* x, int64_t width) { return square_sum<F>(x, width); },
         [](const F* const* code, const double* norm, int64_t rows, int64_t width, F* out,
            int64_t out_stride) {
             width == 8 ? divide<F, 8>(code, norm, rows, width, out, out_stride)

@@ -123,7 +123,10 @@ def emulated(tmp_path_factory):
         pytest.skip("the C++ sources are not beside the tests")
     library = tmp_path_factory.mktemp("simde") / "libassign.so"
     sources = ["common/isa.cpp", "common/threads.cpp", "vq/vq_scalar.cpp", "vq/vq_pack.cpp", "vq/vq_cpu.cpp"]
-    paths = [ROOT / "csrc" / name for name in [*sources, "vq/vq_avx512.cpp"]]
+    sources += ["vq/vq_avx512.cpp", "vq/vq_large_dim.cpp", "vq/vq_large_dim_avx512.cpp"]
+    sources += ["vq/vq_train_quantize.cpp", "vq/vq_train_stats.cpp", "vq/vq_train_rows_scalar.cpp"]
+    sources += ["vq/vq_train_rows_avx512.cpp"]
+    paths = [ROOT / "csrc" / name for name in sources]
     flags = "-std=c++17 -O1 -fPIC -shared -pthread -mavx2 -mfma -ffp-contract=off -DMEDITOK_SIMDE".split()
     command = [
         "g++",
@@ -158,6 +161,8 @@ def test_the_avx512_source_gives_the_same_ids(emulated, metric):
         (9, 4099, 8),
         (17, 100, 40),
         (50, 1025, 4),
+        (100, 130, 33),  # wide rows: their own kernels
+        (25, 33, 330),
     ]:
         x, codebook = randn(rows, 2, width), randn(2, codes, width, seed=1)
         expected = reference.vq_assign(x, codebook, metric=metric)
