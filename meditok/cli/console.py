@@ -63,7 +63,7 @@ class Console:
             return
         prefix = "" if level == "info" else f"meditok: {level}: "
         about = f"{name}: " if name and name not in message else ""
-        click.echo(f"{prefix}{about}{' '.join(message.split())}", err=True)
+        click.echo(f"{prefix}{one_line(about + message)}", err=True)
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int | None, done: int = 0) -> Iterator[Callable[..., None]]:
@@ -146,8 +146,14 @@ def _fail(error: BaseException, message: str, code: int) -> int:
         record = {"level": "error", "error": type(error).__name__, "meaning": meaning, "exit_code": code}
         click.echo(json.dumps(record), err=True)
     else:
-        click.echo(f"meditok: error: {' '.join(message.split())}", err=True)
+        click.echo(f"meditok: error: {one_line(message)}", err=True)
     return code
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: one line, and what a file's name could command it with made visible."""
+    text = " ".join(text.split())
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

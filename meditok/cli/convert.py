@@ -26,5 +26,5 @@ def command(checkpoint: str, out: str, attention: str | None, name: str | None, 
 
     path = convert(checkpoint, out, attention=attention, name=name)
     console.info(f"wrote {path}", private=True)
-    write_json(json_out, {"out": str(path)})
+    write_json(json_out, {"out": str(path)} if json_out == "-" else {"bytes": path.stat().st_size})
     return 0

@@ -77,7 +77,7 @@ def decode_file(
         reader.check()
         layout = plan_layout(reader.descriptions(), fmt, values)
         for warning in layout.warnings:
-            console.warning(warning)
+            console.warning(warning, private=True)
         writer = PictureWriter(out, layout, values, overwrite=overwrite)
         if dry_run:
             console.info(f"{len(reader)} rows would be written as {layout.volumes()} volumes and pictures")

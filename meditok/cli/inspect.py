@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from . import options as opt
-from .console import console, write_json
+from .console import console, one_line, write_json
 
 
 @click.command("inspect", help="Say of every file what it is, how it would be read, and what would fail.")
@@ -28,9 +28,9 @@ def command(inputs: tuple[str, ...], json_out: str | None, keep_names: bool, on_
         _print_table(records)
         for record in records:
             for text in [*record["warnings"], *([record["error"]] if record["error"] else [])]:
-                click.echo(text if record["path"] in text else f"{record['path']}: {text}")
+                click.echo(one_line(text if record["path"] in text else f"{record['path']}: {text}"))
         for path, reason in found.ignored:
-            click.echo(f"{path}: ignored, {reason}")
+            click.echo(one_line(f"{path}: ignored, {reason}"))
     total = scan.counts(found, records)
     console.info(
         f"found {total['found']} files: {total['ok']} ok, {total['failed']} fail, {total['ignored']} "
@@ -47,6 +47,7 @@ def _print_table(records: list[dict]) -> None:
     require("rich", purpose="the table of meditok inspect (--json - needs none)")
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("file", "modality", "syntax", "size", "frames", "window", "low", "high", "unit", "result"):
@@ -57,7 +58,7 @@ def _print_table(records: list[dict]) -> None:
         size = f"{record['height']}x{record['width']}" if record.get("height") else ""
         low, high = (f"{record[k]:g}" if record.get(k) is not None else "" for k in ("low", "high"))
         table.add_row(
-            record["name"],
+            Text(one_line(record["name"])),  # no markup
             record.get("modality") or "",
             record.get("syntax") or "",
             size,

@@ -11,6 +11,7 @@ import csv
 import math
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,7 @@ SUFFIXES = (".csv", ".parquet", ".pq")
 LABEL_FILE = "manifest.csv"  # gives labels to the files of the folder it lies in
 KNOWN_COLUMNS = ("id", "modality", "group", "split", "caption", "label")
 _SHOWN = 20
+_MAX_TEXT = 2**28  # characters of a whole manifest: a million rows have about a tenth of it
 
 
 @dataclass
@@ -74,28 +76,49 @@ def label_columns(folder: str) -> dict[str, dict]:
 
 
 def _rows(path: str) -> list[dict]:
-    if path.lower().endswith(".csv"):
-        try:
+    try:
+        if path.lower().endswith(".csv"):
             with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise CorruptImageError(f"{path}: the manifest cannot be read as UTF-8 CSV; save it again") from error
-    else:
-        parquet = require("pyarrow.parquet", "reading Parquet manifests")
-        arrow = require("pyarrow", "reading Parquet manifests")
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except (arrow.ArrowException, OSError) as error:
-            raise CorruptImageError(f"{path}: the manifest cannot be read as Parquet; save it again") from error
+                rows = _within_limits(path, csv.DictReader(file))
+        else:
+            rows = _within_limits(path, _parquet_rows(path))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        kind = "UTF-8 CSV" if path.lower().endswith(".csv") else "Parquet"
+        raise CorruptImageError(f"{path}: the manifest cannot be read as {kind}; save it again") from error
     if rows and not {"path", "identifier"} & set(rows[0]):
         raise BadInputError(f"{path}: the manifest has no column path or identifier; add one")
     return rows
 
 
+def _within_limits(path: str, rows: Iterable[dict]) -> list[dict]:
+    """All rows, as long as their text stays within _MAX_TEXT characters: Parquet repeats a value at no cost."""
+    kept, text = [], 0
+    for row in rows:
+        text += sum(len(value) for value in row.values() if isinstance(value, (str, bytes, list))) + len(row)
+        if text > _MAX_TEXT:
+            raise UnsafeFileError(
+                f"{path}: a manifest of more than {_MAX_TEXT} characters, in row {len(kept) + 2}; it was not read; "
+                "divide it"
+            )
+        kept.append(row)
+    return kept
+
+
+def _parquet_rows(path: str) -> Iterator[dict]:
+    parquet = require("pyarrow.parquet", "reading Parquet manifests")
+    arrow = require("pyarrow", "reading Parquet manifests")
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+    except arrow.ArrowException as error:
+        raise CorruptImageError(f"{path}: the manifest cannot be read as Parquet; save it again") from error
+
+
 def _entry(row: dict, folder: str) -> Entry:
     written = row.get("path") or row.get("identifier")
     if not isinstance(written, str) or not written.strip():
-        raise BadInputError("no path")
+        raise BadInputError("no path; fill it in or remove the row")
     posix = PurePosixPath(written.strip().replace("\\", "/"))
     if ".." in posix.parts:
         raise UnsafeFileError("path climbs out of the manifest's folder with ..; write it relative to the manifest")
@@ -120,7 +143,7 @@ def _columns(row: dict) -> dict:
     return columns
 
 
-def options_for(options: ReadOptions, columns: dict) -> ReadOptions:
+def options_for(options: ReadOptions, columns: dict, where: str) -> ReadOptions:
     """Reading options with what a manifest row or sidecar states: modality, intensity, ct_bias."""
     modality = modality_code(columns["modality"]) if columns.get("modality") is not None else None
     if modality is not None:
@@ -136,7 +159,7 @@ def options_for(options: ReadOptions, columns: dict) -> ReadOptions:
         try:
             options = replace(options, ct_bias=float(columns["ct_bias"]))
         except (TypeError, ValueError) as error:
-            raise BadInputError("ct_bias is not a number; correct the row") from error
+            raise BadInputError(f"{where}: its ct_bias is not a number; correct the manifest or sidecar") from error
     return options
 
 

@@ -70,6 +70,14 @@ class Limits:
                 f"{self.max_ratio} times; store it uncompressed if you trust it"
             )
 
+    def check_expansion(self, count: int, compressed: int, where: str) -> None:
+        """UnsafeFileError if all pictures of a file together, `count` bytes, are far more than the file can hold."""
+        if count > self.max_bytes and count > self.max_ratio * compressed:
+            raise UnsafeFileError(
+                f"{where}: {compressed} compressed bytes claim pictures of {count} bytes, over the limit of "
+                f"{self.max_ratio} times; it was not read; split the file, or raise Limits.max_ratio if you trust it"
+            )
+
     def deadline(self, where: str) -> Deadline:
         """A clock for one file."""
         return Deadline(self.seconds, where)

@@ -283,7 +283,7 @@ def _sort_out(file: _Found, options: ReadOptions, discovery: Discovery, dicom: l
                 open_blob(file.blob, options)  # raises NotAnImageError
             discovery.ignored.append((file.blob.label, "not an image"))
             return
-        own = manifest.options_for(options, file.columns)
+        own = manifest.options_for(options, file.columns, file.blob.label)
     except MeditokError as error:
         discovery.failed.append((file.blob.label, error))
         return

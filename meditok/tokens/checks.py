@@ -35,6 +35,8 @@ def check_row(cells: dict, fields: set[str], where: str) -> Description:
     name = cells.get("id")
     if not name:
         raise BadInputError(f"{where}: a row without id; write the file again with meditok tokenize")
+    if cells.get("height") is None or cells.get("width") is None:
+        raise BadInputError(f"{where}: row {name}: no height or width; write the file again with meditok tokenize")
     values = {key: value for key, value in cells.items() if key in fields and value is not None}
     if "geometry" in values:
         values["geometry"] = _geometry(values["geometry"], f"{where}: row {name}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import BadInputError, CodebookMismatchError, TokenRangeError, TokenShapeError, UsageError
+from ..errors import BadInputError, CodebookMismatchError, TokenRangeError, TokenShapeError, UnsafeFileError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,6 +21,7 @@ FORMAT = 1
 AXIS_ORDER = "G,N"  # a row's ids: codebook 0's N positions in raster order, then codebook 1's, ...
 PRIVACY = "tokens are pseudonymised at best: whoever has the model can reconstruct the image"
 SPACE = "RAS+mm"
+MAX_IDS = 2**22  # a row: 16 codebooks for 8192 x 8192 pixels
 
 
 def id_dtype(codebook_size: int) -> type:
@@ -139,6 +140,11 @@ class TokenInfo:
             raise BadInputError(
                 f"{where}: broken token file header (G {info.num_codebooks}, K {info.codebook_size}, grid "
                 f"{info.grid}); write the file again"
+            )
+        if info.num_codebooks * info.positions > MAX_IDS:
+            raise UnsafeFileError(
+                f"{where}: G {info.num_codebooks} and grid {info.grid} claim more than {MAX_IDS} ids a row; it was not "
+                "read; write the file again with meditok tokenize"
             )
         return info
 
@@ -277,7 +283,10 @@ def from_batch(batch: pa.RecordBatch, where: str) -> list[Description]:
         column = batch.column(name)
         if name in types and column.type != types[name]:
             column = _cast(column, types[name], name, where)
-        columns[name] = column.to_pylist()
+        try:
+            columns[name] = column.to_pylist()
+        except UnicodeDecodeError:
+            raise BadInputError(f"{where}: column {name} holds text that is not UTF-8; write it anew") from None
     rows = []
     for index in range(batch.num_rows):
         cells = {name: values[index] for name, values in columns.items()}

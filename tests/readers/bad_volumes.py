@@ -176,3 +176,85 @@ def b30_manifest_modality(folder: Path) -> Path:
     png(folder / "a.png", noise(16, 16))
     (folder / "nan.csv").write_text("path,modality\na.png,nan\n")
     return folder / "nan.csv"
+
+
+# -- more volumes and arrays ------------------------------------------------------------------------
+def b22_all_nan(folder: Path) -> Path:
+    return nifti(folder / "allnan.nii.gz", np.full((4, 4, 4), np.nan, np.float32))
+
+
+def b23_pair(folder: Path) -> Path:
+    def claim(header):
+        header["magic"] = b"ni1\0"
+
+    return nifti(folder / "pair.nii", _volume(), edit=claim)
+
+
+def b23_complex(folder: Path) -> Path:
+    return nifti(folder / "complex.nii.gz", np.zeros((4, 4, 4), np.complex64))
+
+
+def b23_rgba(folder: Path) -> Path:
+    return nifti(folder / "rgba.nii.gz", np.zeros((4, 4, 4), [(name, "u1") for name in "RGBA"]))
+
+
+def b23_intercept(folder: Path) -> Path:
+    def spoil(header):
+        header["scl_slope"], header["scl_inter"] = 2.0, np.inf
+
+    return nifti(folder / "inter.nii.gz", _volume(), edit=spoil)
+
+
+def b23_offset(folder: Path) -> Path:
+    def spoil(header):
+        header["vox_offset"] = 100
+
+    return nifti(folder / "offset.nii", _volume(), edit=spoil)
+
+
+def b21_short(folder: Path) -> Path:
+    path = nifti(folder / "short.nii", _volume())
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def _array(folder: Path, name: str, array: np.ndarray) -> Path:
+    np.save(folder / name, array)
+    return folder / name
+
+
+def b25_integers(folder: Path) -> Path:
+    return _array(folder, "int.npy", np.zeros((16, 16), np.int64))
+
+
+def b25_complex(folder: Path) -> Path:
+    return _array(folder, "complex.npy", np.zeros((16, 16), np.complex64))
+
+
+def b25_truth(folder: Path) -> Path:
+    return _array(folder, "bool.npy", np.zeros((16, 16), bool))
+
+
+def b25_vector(folder: Path) -> Path:
+    return _array(folder, "vector.npy", np.zeros(16, np.uint8))
+
+
+def b25_empty(folder: Path) -> Path:
+    return _array(folder, "empty.npy", np.zeros((0, 16), np.uint8))
+
+
+def b25_nan(folder: Path) -> Path:
+    return _array(folder, "nan.npy", np.full((16, 16), np.nan, np.float32))
+
+
+def b25_header(folder: Path) -> Path:
+    """A header that is no dictionary: unbalanced brackets, which Python's tokenizer trips over."""
+    path = _array(folder, "header.npy", np.zeros((16, 16), np.uint8))
+    path.write_bytes(path.read_bytes().replace(b"'shape': (16, 16)", b"'shape': ((((((((("))
+    return path
+
+
+def b25_negative(folder: Path) -> Path:
+    path = _array(folder, "negative.npy", np.zeros((16, 16), np.uint8))
+    path.write_bytes(path.read_bytes().replace(b"(16, 16), }  ", b"(-16, -16), }"))
+    return path

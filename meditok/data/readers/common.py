@@ -29,7 +29,9 @@ def replace_nonfinite(
     if policy == "min":
         if minimum is None or not np.isfinite(minimum):
             if bad == values.size:
-                raise NonFiniteError(f"{where}: all {bad} values are NaN or infinite, so there is no minimum to take")
+                raise NonFiniteError(
+                    f"{where}: all {bad} values are NaN or infinite, with no minimum to take; give another file"
+                )
             minimum = float(values[finite].min())
         fill = minimum
     else:

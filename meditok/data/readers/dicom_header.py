@@ -176,9 +176,8 @@ class Header:
     def sop_class_name(self) -> str:
         from pydicom.uid import UID
 
-        uid = UID(self.sop_class)
-        name = uid.name if self.sop_class else "unknown SOP class"
-        return name if name != self.sop_class else f"SOP class {self.sop_class}"
+        name = UID(self.sop_class).name
+        return name if self.sop_class and name != self.sop_class else "an unknown SOP class"  # never its text
 
     @cached_property
     def modality(self) -> str | None:

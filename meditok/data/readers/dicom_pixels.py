@@ -11,10 +11,13 @@ import struct
 
 import numpy as np
 
+from meditok.data.readers.code_stream import check_scans, stream_size
 from meditok.data.readers.dicom_header import PARSER_ERRORS, Header, quiet
 from meditok.data.readers.dicom_walk import _NATIVE as NATIVE_SYNTAXES
+from meditok.data.readers.rle import plane_sizes
 from meditok.errors import CorruptImageError, HeaderMismatchError, MissingDecoderError, TruncatedDicomError
 
+_RLE = "1.2.840.10008.1.2.5"
 _PLUGIN_ORDER = ("pylibjpeg", "pyjpegls", "gdcm", "pydicom", "pillow")
 _YBR_TO_RGB = np.array([[1.0, 0.0, 1.402], [1.0, -0.344136, -0.714136], [1.0, 1.772, 0.0]])  # ITU-T T.871, 7
 
@@ -31,6 +34,10 @@ class PixelReader:
         else:
             self._decoder = self._find_decoder()
             self._ranges = self._frame_ranges()
+            held = sum(size for _, size in self.layout.fragments)
+            per_pixel = header.samples * (header.allocated // 8 or 1)
+            claimed = header.frames * header.rows * header.columns * per_pixel
+            header.options.limits.check_expansion(claimed, held, self.where)
 
     # -- uncompressed ---------------------------------------------------------------------------------------
     def _check_native_length(self) -> None:
@@ -174,12 +181,13 @@ class PixelReader:
         header = self.header
         stream = b"".join(bytes(self._slice(offset, size)) for offset, size in self._ranges[index])
         size = stream_size(stream)
-        if size is not None and size != (header.rows, header.columns):
+        if size is not None and size != (header.rows, header.columns, header.samples):
             raise HeaderMismatchError(
-                f"{self.where}: Rows (0028,0010), Columns (0028,0011) say {header.rows} x "
-                f"{header.columns}, the compressed "
-                f"frame {index} is {size[0]} x {size[1]}; repair the header"
+                f"{self.where}: Rows (0028,0010), Columns (0028,0011), SamplesPerPixel (0028,0002) say "
+                f"{header.rows} x {header.columns} x {header.samples}, the compressed frame {index} is "
+                f"{size[0]} x {size[1]} x {size[2]}; repair the header"
             )
+        check_scans(stream, self.where)
         item = struct.pack("<HHI", 0xFFFE, 0xE000, len(stream) + len(stream) % 2) + stream + b"\0" * (len(stream) % 2)
         source = struct.pack("<HHI", 0xFFFE, 0xE000, 0) + item + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
         options = {
@@ -190,7 +198,10 @@ class PixelReader:
             "pixel_keyword": "PixelData", "planar_configuration": header.planar,
         }  # fmt: skip
         failures = []
-        for plugin in sorted(self._decoder.available_plugins, key=_plugin_rank):
+        plugins = sorted(self._decoder.available_plugins, key=_plugin_rank)
+        if str(header.syntax) == _RLE:
+            plugins = self._rle_plugins(stream, index, plugins)
+        for plugin in plugins:
             try:
                 with quiet():
                     array, after = self._decoder.as_array(source, index=0, raw=True, decoding_plugin=plugin, **options)
@@ -200,6 +211,18 @@ class PixelReader:
         raise CorruptImageError(
             f"{self.where}: frame {index} ({header.syntax.name}) cannot be decoded; get the file again"
         ) from failures[0]
+
+    def _rle_plugins(self, stream: bytes, index: int, plugins: list[str]) -> list[str]:
+        """The decoders this frame may be given to; CorruptImageError for planes that cannot be the picture's."""
+        header = self.header
+        size, planes = header.rows * header.columns, header.samples * header.allocated // 8
+        found = plane_sizes(stream, 2 * size) or []
+        if len(found) != planes or min(found) < size or max(found) > 2 * size:
+            raise CorruptImageError(
+                f"{self.where}: frame {index} ({header.syntax.name}) unpacks to planes of {found[:4]} bytes, "
+                f"{planes} of {size} expected; get the file again"
+            )
+        return plugins if max(found) == size else ["pydicom"]  # which drops what is too much
 
     # -- both -----------------------------------------------------------------------------------------------
     def frame(self, index: int) -> tuple[np.ndarray, list[str]]:
@@ -256,25 +279,3 @@ def ybr_to_rgb(values: np.ndarray, bits: int) -> np.ndarray:
     centred[..., 1:] -= 2.0 ** (bits - 1)
     rgb = centred @ _YBR_TO_RGB.T.astype(np.float32)
     return np.clip(np.rint(rgb), 0, 2**bits - 1).astype(values.dtype.newbyteorder("="))
-
-
-def stream_size(stream: bytes) -> tuple[int, int] | None:
-    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 code stream announces; None if it cannot be told."""
-    start = stream.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if start >= 0 and len(stream) >= start + 24:
-        right, bottom, left, top = struct.unpack_from(">4I", stream, start + 8)
-        return bottom - top, right - left
-    if stream[:2] != b"\xff\xd8":
-        return None
-    offset = 2
-    while offset + 9 <= len(stream) and stream[offset] == 0xFF:
-        marker = stream[offset + 1]
-        if marker == 0xFF:
-            offset += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
-            return struct.unpack_from(">HH", stream, offset + 5)
-        if marker == 0xDA:
-            return None
-        offset += 2 + struct.unpack_from(">H", stream, offset + 2)[0]
-    return None

@@ -59,7 +59,7 @@ class NiftiFile:
         number = struct.unpack_from("<i", head)[0] if len(head) >= 348 else 0
         number = number if number in (348, 540) else struct.unpack(">i", struct.pack("<i", number))[0]
         kind = {348: nib.Nifti1Header, 540: nib.Nifti2Header}.get(number)
-        if kind is None:
+        if kind is None or len(head) < number:
             raise CorruptImageError(
                 f"{self.where}: no complete NIfTI header in its {self.blob.size} bytes; get it again"
             )

@@ -45,7 +45,9 @@ class ArrayFile:
             if version not in readers:
                 raise ValueError("version")
             shape, fortran, dtype = readers[version](head)
-        except (ValueError, SyntaxError, EOFError, TypeError) as error:
+            if min(shape, default=0) < 0:
+                raise ValueError("shape")
+        except Exception as error:  # the header is a Python literal: tokenizer, parser and dtype each raise their own
             raise CorruptImageError(f"{self.where}: the .npy header cannot be read; save the array again") from error
         if dtype.hasobject:
             raise UnsafeFileError(f"{self.where}: holds pickled Python objects, which may run code; save plain numbers")

@@ -18,11 +18,12 @@ import numpy as np
 
 from meditok._lazy import require
 from meditok.data.image import Geometry, MedicalImage
-from meditok.data.options import ReadOptions
+from meditok.data.options import Deadline, ReadOptions
 from meditok.data.readers.blob import Blob
+from meditok.data.readers.code_stream import check_scans
 from meditok.data.readers.common import choose_window, replace_nonfinite, to_tensor
 from meditok.data.windows import ValueStatistics, Window
-from meditok.errors import CorruptImageError, HeaderMismatchError, ImageTooLargeError, IntensityError
+from meditok.errors import CorruptImageError, ImageTooLargeError, IntensityError, MeditokError
 
 _FORMATS = {"png": ["PNG"], "jpeg": ["JPEG"], "tiff": ["TIFF"], "bmp": ["BMP"]}
 # What Pillow's decoders raise on broken files.
@@ -35,6 +36,18 @@ _ORIENTATIONS = {
     2: (False, False, True), 3: (False, True, True), 4: (False, True, False), 5: (True, False, False),
     6: (True, False, True), 7: (True, True, True), 8: (True, True, False),
 }  # fmt: skip
+
+
+class _Timed(io.BytesIO):
+    """Bytes that a decoder, which asks for them block by block, gets only while there is time left."""
+
+    def __init__(self, data, deadline: Deadline):
+        super().__init__(data)
+        self._deadline = deadline
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._deadline.check()
+        return super().read(size)
 
 
 class PictureFile:
@@ -54,6 +67,10 @@ class PictureFile:
             self.frames = 1 if kind == "jpeg" else found
             self._extra = found - self.frames
             options.limits.check_frames(self.frames, self.where)
+            claimed = self.frames * self.width * self.height * len(picture.getbands())
+            options.limits.check_expansion(claimed, len(self._data), self.where)
+        if kind == "jpeg":
+            check_scans(self._data, self.where)
         self._depth = _png_depth(self._data) if kind == "png" else None
 
     @contextmanager
@@ -63,7 +80,8 @@ class PictureFile:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with pillow.open(io.BytesIO(self._data), formats=_FORMATS[self.kind]) as picture:
+                timed = _Timed(self._data, self.options.limits.deadline(self.where))
+                with pillow.open(timed, formats=_FORMATS[self.kind]) as picture:
                     yield picture
         except pillow.DecompressionBombError as error:
             raise ImageTooLargeError(
@@ -71,7 +89,7 @@ class PictureFile:
                 f"{self.options.limits.max_pixels}; "
                 "nothing was allocated; cut the picture into tiles"
             ) from error
-        except (CorruptImageError, HeaderMismatchError, ImageTooLargeError, IntensityError):
+        except MeditokError:
             raise
         except _BROKEN as error:
             raise CorruptImageError(self._broken_message()) from error
