@@ -12,7 +12,7 @@ import numpy as np
 from .._lazy import require
 from ..atomic import atomic_path, remove_leftovers
 from ..errors import BadInputError, TokenShapeError
-from .schema import MAX_IDS, Description, TokenInfo, arrow_schema, check_range, from_batch, id_dtype, ids_of, to_batch
+from .schema import Description, TokenInfo, arrow_schema, check_range, from_batch, id_dtype, ids_of, to_batch
 
 ROWS_PER_GROUP = 512  # a row group holds one dictionary (4096 ids, 8 KiB) for about 1.5 MiB of ids
 
@@ -123,7 +123,7 @@ class TokenReader:
             missing = {"id", "tokens", "height", "width"} - set(file.schema_arrow.names)
             if missing:
                 raise BadInputError(f"{path}: columns {', '.join(sorted(missing))} are missing; write the file again")
-            self._check_counts(file, path)
+            self._check_length(file, path)
         known = set(arrow_schema(self.info).names)
         self.extra = tuple(n for n in self._files[0].schema_arrow.names if n not in known)
 
@@ -143,24 +143,16 @@ class TokenReader:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise BadInputError(f"{path}: no Parquet file ({_reason(error)}); write it anew") from None
 
-    def _check_counts(self, file, path: Path) -> None:
-        """TokenShapeError where far more ids are stored than the header announces: Parquet repeats a value at no
-        cost, so a few kilobytes may hold lists without end. Small differences are found as the ids are read."""
+    def _check_length(self, file, path: Path) -> None:
+        """TokenShapeError for lists of another fixed length than the header's, before one is read: Parquet repeats a
+        value at no cost, so that a few kilobytes may hold lists without end."""
+        length = getattr(file.schema_arrow.field("tokens").type, "list_size", None)
         expected = self.info.num_codebooks * self.info.positions
-        for index in range(file.metadata.num_row_groups):
-            group = file.metadata.row_group(index)
-            columns = [group.column(i) for i in range(group.num_columns)]
-            try:
-                held = sum(c.num_values for c in columns if c.path_in_schema.split(".")[0] == "tokens")
-            except UnicodeDecodeError:
-                raise BadInputError(
-                    f"{path}: broken Parquet (a column without a readable name); write it anew"
-                ) from None
-            if held > max(group.num_rows * expected, MAX_IDS):
-                raise TokenShapeError(
-                    f"{path}: {held} ids in {group.num_rows} rows; grid {self.info.grid[0]} x {self.info.grid[1]} with "
-                    f"{self.info.num_codebooks} codebooks needs {expected} a row; write the file again"
-                )
+        if length not in (None, expected):
+            raise TokenShapeError(
+                f"{path}: rows of {length} ids; grid {self.info.grid[0]} x {self.info.grid[1]} with "
+                f"{self.info.num_codebooks} codebooks needs {expected}; write the file again"
+            )
 
     def __len__(self) -> int:
         return sum(f.metadata.num_rows for f in self._files)
