@@ -183,18 +183,22 @@ def model_from_state(config: TokenizerConfig, state: dict[str, torch.Tensor], wh
     with torch.device("meta" if config.width > 256 else "cpu"):
         model = Tokenizer(config)
     model = model.to_empty(device="cpu")
-    expected = {key: value.shape for key, value in model.state_dict().items()}
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
+    problems = misfits({key: value.shape for key, value in model.state_dict().items()}, state)
     if problems:
         raise BadInputError(f"{where}: weights do not fit {config.name}: " + abridged(problems))
     model.load_state_dict(state)
     return model
+
+
+def misfits(expected: dict[str, torch.Size], state: dict[str, torch.Tensor]) -> list[str]:
+    """What keeps `state` from filling tensors of the `expected` shapes: missing, unexpected and misshapen ones."""
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    return problems + [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
 
 
 def abridged(lines: Iterable[str], limit: int = 8) -> str:
