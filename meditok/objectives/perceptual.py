@@ -98,8 +98,8 @@ def feature_distance(
     """
     total = 0
     for x, y, head in zip(a, b, heads, strict=True):
-        difference = _unit(x) - _unit(y)
-        total = total + torch.einsum("bchw,c->bhw", difference.square(), head.to(difference.dtype)).mean((1, 2))
+        squares = (_unit(x) - _unit(y)).square()
+        total = total + (squares * head.to(squares.dtype).view(-1, 1, 1)).sum(1).mean((1, 2))
     return total
 
 
@@ -121,9 +121,10 @@ class PerceptualDistance(Frozen):
         self.freeze()
 
     def each(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Distance per image, (B,)."""
-        a, b = (self.features((x - self.shift) / self.scale) for x in (a, b))
-        return feature_distance(a, b, self.heads)
+        """Distance per image, (B,), in float32 (or float64) whatever autocast says."""
+        with torch.autocast(a.device.type, enabled=False):
+            a, b = (self.features((wide(x) - self.shift) / self.scale) for x in (a, b))
+            return feature_distance(a, b, self.heads)
 
     def forward(self, reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         if images.shape[2] < MIN_HEIGHT:

@@ -25,11 +25,9 @@ def entropy(pieces: torch.Tensor, codebook: torch.Tensor, temperature: float = 0
     arXiv 1911.05894, section 3.2; Yu et al. 2024, arXiv 2310.05737, eq. 5). MedITok trains with weight 0.
     """
     pieces, codebook = wide(pieces).transpose(0, 1), wide(codebook)  # (G, N, C), (G, K, C)
-    distances = (
-        pieces.square().sum(-1, keepdim=True)
-        - 2 * pieces @ codebook.transpose(1, 2)
-        + codebook.square().sum(-1).unsqueeze(1)
-    )
+    with torch.autocast(pieces.device.type, enabled=False):
+        products = pieces @ codebook.transpose(1, 2)  # (G, N, K)
+    distances = pieces.square().sum(-1, keepdim=True) - 2 * products + codebook.square().sum(-1).unsqueeze(1)
     log_choice = (-distances / temperature).log_softmax(-1)  # (G, N, K)
     choice = log_choice.exp()
     each = -(choice * log_choice).sum(-1).mean(-1)  # (G,)

@@ -90,6 +90,14 @@ def test_shift_tolerant_lpips_orders_distortions_of_a_photograph(alexnet):
     assert r.grad.any() and all(p.grad is None for p in alexnet.parameters())
 
 
+def test_distance_is_float32_under_autocast(alexnet):
+    """bfloat16 autocast changes nothing: the value is bit-equal to the one without it."""
+    a, b = _images()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = alexnet(a, b)
+    assert found.dtype == torch.float32 and torch.equal(found, alexnet(a, b))
+
+
 def test_small_images_have_no_perceptual_term(alexnet):
     """Under 48 pixels of height the term is 0, as in MedITok's training."""
     a, b = _images(40)

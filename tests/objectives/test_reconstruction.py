@@ -51,6 +51,14 @@ def test_entropy_term_is_lowest_when_sure_and_even():
     assert entropy(codebook[:, :1].expand(-1, 8, -1).transpose(0, 1), codebook).item() == pytest.approx(0, abs=1e-5)
 
 
+def test_entropy_term_is_float32_under_autocast():
+    """At temperature 0.01 bfloat16 products would move the choices; autocast changes nothing."""
+    pieces, codebook = F.normalize(torch.randn(20, 2, 4), dim=-1), F.normalize(torch.randn(2, 7, 4), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = entropy(pieces, codebook)
+    assert torch.equal(found, entropy(pieces, codebook))
+
+
 def test_entropy_gradient():
     """The gradient with respect to pieces and codebook is that of finite differences."""
     pieces = F.normalize(torch.randn(5, 1, 3, dtype=torch.float64), dim=-1).requires_grad_()
