@@ -6,6 +6,7 @@ leaves the values to the kernels, which give NaN rows for ids out of range and n
 """
 
 from meditok.ops.attention import attention, attention_qkv
+from meditok.ops.entropy import vq_entropy
 from meditok.ops.packed import PackedCodebook, pack_codebook
 from meditok.ops.quantize import vq_quantize, vq_stats, vq_update_
 from meditok.ops.vq import vq_assign, vq_lookup
@@ -19,6 +20,7 @@ __all__ = [
     "checks",
     "pack_codebook",
     "vq_assign",
+    "vq_entropy",
     "vq_lookup",
     "vq_quantize",
     "vq_stats",

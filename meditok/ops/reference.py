@@ -13,6 +13,7 @@ from torch import Tensor
 
 FLOOR = 1e-12  # no code or row is divided by less than this
 BLOCK_SCORES = 1 << 18  # scores held at once by `vq_assign`: 2 MiB of float64
+ENTROPY_FLOOR = 1e-7  # added to a mean probability before its logarithm
 STATS_ROWS = 4096  # rows summed into one partial of `vq_stats`; part of the contract, not a tuning knob
 
 
@@ -295,6 +296,26 @@ def vq_update_(
     ema_counts.copy_(torch.where(any_counts, new_counts, ema_counts))
     ema_sums.copy_(torch.where(any_counts, new_sums, ema_sums))
     codebook.copy_(torch.where(any_counts, rows.to(codebook.dtype), codebook))
+
+
+def vq_entropy(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    temperature: float = 0.01,
+    metric: str = "cosine",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """x (N, G, C), codebook (G, K, C), mask (N,) -> scalar; dense, differentiable by autograd alone."""
+    hat = unit_rows(x if mask is None else x[mask], metric).transpose(0, 1)  # (G, N, C)
+    if not hat.shape[1]:
+        return hat.sum() + 0 * codebook.sum()
+    code = unit_rows(codebook, metric)
+    distance = (hat.unsqueeze(2) - code.unsqueeze(1)).square().sum(-1)  # (G, N, K)
+    log_p = (-distance / temperature).log_softmax(-1)
+    mean = log_p.exp().mean(1)  # (G, K)
+    rows = -(log_p.exp() * log_p).sum(-1).mean(1)
+    return (rows + (mean * (mean + ENTROPY_FLOOR).log()).sum(-1)).mean()
 
 
 def attention(
