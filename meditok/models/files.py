@@ -211,7 +211,11 @@ def abridged(lines: Iterable[str], limit: int = 8) -> str:
 def write_model(model: Tokenizer, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Path:
     """Write weights and description to a safetensors file, atomically; dtype float32, or float16 for half the bytes."""
     description = json.dumps({"format": FORMAT, "config": model.config.to_dict()}, sort_keys=True)
-    state = {key: value.detach().cpu().to(dtype).contiguous().clone() for key, value in model.state_dict().items()}
+    state = {
+        key: value.detach().cpu().to(dtype).contiguous().clone()
+        for key, value in model.state_dict().items()
+        if not key.startswith("quantizer.state.")  # training state belongs to checkpoints, not to models
+    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

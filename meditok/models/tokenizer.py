@@ -240,8 +240,8 @@ class Tokenizer(nn.Module):
 
     @property
     def hash(self) -> str:
-        """64 hex digits: SHA-256 of every weight (usage statistics left out) and of what changes the arithmetic."""
-        versions = tuple(p._version for p in self.parameters())
+        """64 hex digits: SHA-256 of every weight (no statistics, no training state) and what changes the arithmetic."""
+        versions = tuple(p._version for p in (*self.parameters(), self.quantizer.codebook))  # perhaps no parameter
         if getattr(self, "_hash", (None,))[0] != versions:
             digest = hashlib.sha256(
                 json.dumps(
@@ -249,7 +249,7 @@ class Tokenizer(nn.Module):
                 ).encode()
             )
             for key, value in sorted(self.state_dict().items()):
-                if not key.endswith("vocab_usage"):
+                if not (key.endswith("vocab_usage") or key.startswith("quantizer.state.")):
                     digest.update(f"{key}{tuple(value.shape)}".encode())
                     digest.update(_bytes(value))
             self._hash = versions, digest.hexdigest()

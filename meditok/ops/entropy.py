@@ -190,9 +190,9 @@ def vq_entropy(
     for float64 inputs), 0 if no row is used; torch tensors only.
 
     Mean entropy of softmax(-squared distance / temperature) less the entropy of its mean over rows, averaged over
-    codebooks; between about -log K and 0, the lower the better. Differentiable to x and codebook. Needs no N x K array: a
-    second pass recomputes the probabilities. Raises ShapeError, DtypeError, or ValueError for another metric or a
-    temperature that is not positive.
+    codebooks; between about -log K and 0, the lower the better. Differentiable to x and codebook. Needs no N x K
+    array: a second pass recomputes the probabilities. Raises ShapeError, DtypeError, or ValueError for another metric
+    or a temperature that is not positive.
     """
     _check(x, codebook, metric, mask, temperature)
     check_same_device(x=x, codebook=codebook, mask=mask)

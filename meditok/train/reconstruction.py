@@ -31,57 +31,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-class Codes:
-    """Starts the codebooks from encoder outputs, and gives codes that stay unused the value of a current one."""
-
-    def __init__(self, model: Tokenizer, window: int):
-        self.codebook = model.quantizer.codebook  # (G, K, C)
-        self.window, self.steps, self.revived = window, 0, 0
-        self.used = torch.zeros(self.codebook.shape[:2], dtype=torch.bool)
-        self.recent: list[torch.Tensor] = []  # unit pieces (rows, G, C) of the last batches before the start
-
-    def collect(self, pieces: torch.Tensor) -> None:
-        rows_needed = 2 * self.codebook.shape[1]
-        self.recent.append(pieces.detach())
-        while sum(map(len, self.recent[1:])) >= rows_needed:
-            self.recent.pop(0)
-
-    @torch.no_grad()
-    def start(self) -> None:
-        """Put every code on a collected piece; with fewer pieces than codes, on the same one more than once."""
-        if not self.recent:
-            return
-        rows, codes = torch.cat(self.recent), self.codebook.shape[1]
-        for g in range(len(self.codebook)):
-            order = torch.randperm(max(len(rows), codes))[:codes] % len(rows)
-            self.codebook[g] = rows[order, g]
-
-    @torch.no_grad()
-    def observe(self, ids: torch.Tensor, pieces: torch.Tensor) -> None:
-        """ids (B, G, N) and unit pieces (rows, G, C) of one step."""
-        self.used.scatter_(1, ids.transpose(0, 1).flatten(1), True)
-        self.steps += 1
-        if self.steps % self.window == 0:
-            for g, used in enumerate(self.used):
-                dead = (~used).nonzero().flatten()
-                self.codebook[g, dead] = pieces[torch.randint(len(pieces), (len(dead),)), g]
-                self.revived += len(dead)
-            self.used.zero_()
-
-
 def unit_pieces(model: Tokenizer, code: torch.Tensor) -> torch.Tensor:
     """(B, N, G*C) -> unit vectors (B*N, G, C)"""
     return F.normalize(code.flatten(0, 1).unflatten(-1, model.codebook.shape[::2]), dim=-1)
 
 
-def continuous_pass(model: Tokenizer, images: torch.Tensor, codes: Codes, noise: float = 0.1) -> torch.Tensor:
+def continuous_pass(model: Tokenizer, images: torch.Tensor, noise: float = 0.1) -> torch.Tensor:
     """Reconstruction without quantising: unit pieces plus noise of about the length of a quantisation step.
 
     Starting this way spreads the pieces over the sphere before codes are put there.
     """
     code = model.quant_proj(model.encoder(images))
+    model.quantizer.collect(code)
     pieces = unit_pieces(model, code)
-    codes.collect(pieces)
     noisy = F.normalize(pieces + noise * torch.randn_like(pieces), dim=-1)
     return model.decoder(model.post_quant_proj(noisy.flatten(1).view_as(code)), square_grid(code.shape[1], None))
 
@@ -98,11 +60,10 @@ def train(model: Tokenizer, sampler: Sampler, options: argparse.Namespace, log) 
     """Run options.steps steps; leaves the exponential average of the weights in `model`."""
     optimizer = torch.optim.AdamW(parameter_groups(model), betas=(0.9, 0.95), eps=1e-6)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    codes = Codes(model, options.window)
+    quantizer = model.quantizer
+    quantizer.window = options.window
     quantise_from, revive_until = int(options.continuous * options.steps), int(0.8 * options.steps)
     full_from = int((1 - options.full_share) * options.steps)
-    inputs = {}
-    model.quantizer.register_forward_pre_hook(lambda _module, args: inputs.update(code=args[0].detach()))
     model.train()
     began = time.perf_counter()
     for step in range(options.steps):
@@ -110,11 +71,12 @@ def train(model: Tokenizer, sampler: Sampler, options: argparse.Namespace, log) 
         x = sampler.draw(max(1, options.batch * options.crop**2 // sampler.crop**2))
         vq_loss = torch.zeros(())
         if step < quantise_from:
-            y = continuous_pass(model, x, codes)
+            y = continuous_pass(model, x)
         else:
             if step == quantise_from:
-                codes.start()
-            y, ids, vq_loss, *_ = model(x)
+                quantizer.start()
+            quantizer.revive = step < revive_until
+            y, _, vq_loss, *_ = model(x)
         l1, l2 = (y - x).abs().mean(), (y - x).square().mean()
         loss = l2 + 0.2 * l1 + vq_loss
         if not torch.isfinite(loss):
@@ -128,14 +90,14 @@ def train(model: Tokenizer, sampler: Sampler, options: argparse.Namespace, log) 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(model)
-        if quantise_from <= step < revive_until:
-            codes.observe(ids, unit_pieces(model, inputs["code"]))
+        if step >= quantise_from:
+            quantizer.update()
         if step % 50 == 0 or step == options.steps - 1:
             log.writerow(
                 [
                     step,
                     *(f"{v.item():.6g}" for v in (loss, l1, l2, vq_loss)),
-                    codes.revived,
+                    quantizer.state.revived.item(),
                     f"{time.perf_counter() - began:.1f}",
                 ]
             )
@@ -157,7 +119,9 @@ def main() -> None:
     parser.add_argument("--full-share", type=float, default=0.2, help="share of the steps at full size")
     parser.add_argument("--continuous", type=float, default=0.15, help="share of the steps before quantisation starts")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--window", type=int, default=50, help="steps after which an unused code is revived")
+    parser.add_argument(
+        "--window", type=int, default=50, help="steps after which unused codes are revived, or more (nn/health.py)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_memory_stays_at_the_blocks():
-    """Forward and backward over 8,192 x 4,096 probabilities need less than one dense array of them, 128 MiB, by half."""
+    """Forward and backward over 8,192 x 4,096 probabilities need less than half of one array of them, 128 MiB."""
     code = PEAK_GIB + (
         "import torch\nfrom meditok import ops\n"
         "def run(rows):\n"
