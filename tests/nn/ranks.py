@@ -16,7 +16,7 @@ SCENARIOS = ("cosine", "l2", "accumulate", "empty")
 
 
 def make(scenario: str, mode: str = "ema"):
-    """Half of the codes repeat the other half: they are never chosen, so the end of each window has dead codes."""
+    """Half of the codes lie opposite to all rows: they are never chosen until they are revived."""
     torch.manual_seed(0)
     settings = dict(codebook_update=mode, revive=True, window=10, decay=0.9)
     if scenario == "l2":
@@ -24,19 +24,19 @@ def make(scenario: str, mode: str = "ema"):
     else:
         quantizer = MultiCodebookQuantizer(2, 12, 3, **settings)
     with torch.no_grad():
-        codes = torch.randn(quantizer.codebook[:, :6].shape)
-        quantizer.codebook.copy_(torch.cat([codes, codes], 1))
+        codes = torch.rand(quantizer.codebook[:, :6].shape)
+        quantizer.codebook.copy_(torch.cat([codes, -10 * codes], 1))
     quantizer.state.restart(quantizer.codebook, quantizer.metric)
     return quantizer
 
 
 def batches():
-    """The joined batches (ROWS, 5, 6): around thirty places, so that more codes find something to stand for."""
+    """The joined batches (ROWS, 5, 6): positive numbers around thirty places, more than there are codes."""
     generator = torch.Generator().manual_seed(1)
-    places = torch.randn(30, 6, generator=generator)
+    places = 0.2 + torch.rand(30, 6, generator=generator)
     for _ in range(STEPS):
         chosen = torch.randint(30, (ROWS, 5), generator=generator)
-        yield places[chosen] + 0.1 * torch.randn(ROWS, 5, 6, generator=generator)
+        yield places[chosen] + 0.02 * torch.randn(ROWS, 5, 6, generator=generator)
 
 
 def share(x: torch.Tensor, scenario: str, step: int, rank: int, world: int) -> list[torch.Tensor]:

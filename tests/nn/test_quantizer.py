@@ -339,7 +339,7 @@ def test_the_codebook_is_packed_once_until_it_moves():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["one l2", "several"])
 def test_compiled_training_and_evaluation_equal_eager(kind, mode):
-    """With fullgraph=True the same losses, codes and buffers after 8 steps, and the same eval pass, without recompiling."""
+    """With fullgraph=True: the same losses, codes and buffers after 8 steps of one graph, and the same eval pass."""
     eager, compiled = (KINDS[kind](mode, window=2, revive=True, entropy_weight=0.1) for _ in range(2))
     graphs = []
     torch._dynamo.reset()
