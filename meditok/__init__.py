@@ -20,6 +20,8 @@ _PUBLIC = {
     "read": "data",
     "frames": "data",
     "Tokens": "tokens",
+    "TokenDataset": "tokens.datasets",
+    "TokenStream": "tokens.datasets",
     "tokenize": "pipeline",
     "detokenize": "pipeline",
     "ops": None,

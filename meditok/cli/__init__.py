@@ -14,6 +14,7 @@ COMMANDS = {
     "tokenize": "Turn images into a token file.",
     "detokenize": "Turn a token file back into pictures and volumes.",
     "reconstruct": "Tokenise and detokenise in one go.",
+    "export": "Write tokens as npz, safetensors, WebDataset or Hugging Face datasets.",
     "inspect": "Say what files are, and what would fail.",
     "demo": "Tokenise a few real scans and show the result.",
     "doctor": "Say what is installed, compiled and usable.",

@@ -159,8 +159,36 @@ class TokenReader:
 
     def check(self) -> None:
         """Read and check every id, keeping none. TokenShapeError, TokenRangeError."""
-        for batch, path in self._batches(512, columns=["tokens"]):
-            ids_of(batch.column("tokens"), self.info, str(path))
+        for _ in self.codes():
+            pass
+
+    def codes(self, size: int = 512) -> Iterator[np.ndarray]:
+        """Ids alone, (R, G, N) with R <= size. TokenShapeError, TokenRangeError."""
+        for batch, path in self._batches(size, columns=["tokens"]):
+            yield ids_of(batch.column("tokens"), self.info, str(path))
+
+    def group_sizes(self) -> list[int]:
+        """Rows of every row group, in order: what can be decoded by itself."""
+        return [
+            file.metadata.row_group(index).num_rows
+            for file in self._files
+            for index in range(file.metadata.num_row_groups)
+        ]
+
+    def group(self, number: int) -> np.ndarray:
+        """Ids (R, G, N) of one row group. TokenShapeError, TokenRangeError."""
+        import pyarrow as pa
+
+        part = 0
+        while number >= self._files[part].metadata.num_row_groups:
+            number -= self._files[part].metadata.num_row_groups
+            part += 1
+        file, path = self._files[part], self.paths[part]
+        try:
+            column = file.read_row_group(number, columns=["tokens"], use_threads=False).column("tokens")
+            return ids_of(column.combine_chunks(), self.info, str(path))
+        except (pa.ArrowException, OSError) as error:
+            raise BadInputError(f"{path}: broken Parquet ({_reason(error)}); write it anew") from None
 
     def descriptions(self) -> Iterator[Description]:
         """Every row's description, without reading its ids."""
