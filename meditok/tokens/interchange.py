@@ -15,13 +15,13 @@ import struct
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from ..atomic import atomic_path
+from ..atomic import atomic_folder, atomic_path
 from ..errors import UsageError
 from .format import TokenReader
 from .schema import PRIVACY, Description
@@ -65,37 +65,15 @@ def export(
         advice = "pass --overwrite to replace it, or " if out.is_file() and not folder else ""
         raise UsageError(f"{out}: something is there already; {advice}choose another output")
     with open_tokens(source) as reader:
-        if folder:
-            return _written(_into_folder(out, lambda draft: FORMATS[to](reader, draft, shard_size)), reader)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(out) as draft:
-            FORMATS[to](reader, draft, None)
+        with atomic_folder(out) if folder else atomic_path(out) as draft:
+            FORMATS[to](reader, draft, shard_size if folder else None)
     return _written(out, reader)
 
 
 def _written(out: Path, reader: TokenReader) -> dict[str, int]:
     files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     return {"rows": len(reader), "files": len(files), "bytes": sum(path.stat().st_size for path in files)}
-
-
-def _into_folder(out: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a folder under another name, and rename it when it is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        write(draft)
-        draft.chmod(0o777 & ~_umask())
-        os.replace(draft, out)  # an empty folder may be in the way, and is replaced
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    return out
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # -- rows and ids as bytes ----------------------------------------------------------------------------------
@@ -170,6 +148,7 @@ def _safetensors(reader: TokenReader, path: Path, _) -> None:
 def _webdataset(reader: TokenReader, out: Path, shard_size: int | None) -> None:
     """`out` is a tar, or with a shard size a folder of them. Keys are row numbers: ids may hold dots and slashes."""
     dtype, header = smallest_dtype(reader.info.codebook_size), reader.info.to_metadata()
+    header = {name: header[name] for name in ("model", "codebook_hash", "G", "K", "grid")}  # what decoding needs
     archive, number = None, 0
     try:
         for codes, rows in reader.batches(_BATCH):
@@ -199,6 +178,7 @@ def _add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _hugging_face(reader: TokenReader, out: Path, _) -> None:
     """The parts as they are, named and described as `datasets.load_dataset(FOLDER)` and the hub expect them."""
+    reader.check()
     data = out / "data"
     data.mkdir()
     for index, part in enumerate(reader.paths):
