@@ -1,14 +1,23 @@
-"""The one loader of the compiled core `meditok._core`, and what it can do on this machine.
+"""The one loader of the compiled core `meditok._core`, and the one place that chooses what runs.
 
 Importing this module never fails because the core is missing, broken or stale: one warning names the reason
 and the PyTorch reference runs instead. Two environment variables, read once here, force a choice and do
 raise: `MEDITOK_BACKEND` (auto, native, triton, reference) and `MEDITOK_ISA` (scalar, avx2, avx512,
 avx512vnni, neon).
+
+| MEDITOK_BACKEND | CPU (`backend`)                           | CUDA (`cuda_backend`)                                 |
+|-----------------|-------------------------------------------|-------------------------------------------------------|
+| auto            | native, else reference                    | native, else triton, else reference, with one warning |
+| native          | native, else an error at import           | native, else an error at the first call               |
+| triton          | reference (Triton has no CPU; interpreted | triton, else an error at import                       |
+|                 | if TRITON_INTERPRET=1)                    |                                                       |
+| reference       | reference                                 | reference                                             |
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,6 +30,7 @@ import torch
 INTERFACE = 2  # number of the entry points' signatures; a core built from other sources is not called
 BACKENDS = ("auto", "native", "triton", "reference")
 LEVELS = ("scalar", "avx2", "avx512", "avx512vnni", "neon")
+WISH = os.environ.get("MEDITOK_BACKEND", "auto") or "auto"
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -43,18 +53,22 @@ def _load() -> tuple[ModuleType | None, str]:
     return _core, ""
 
 
+def triton_problem() -> str:
+    """ "" when Triton is installed, else the reason in one line."""
+    return "" if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
+
+
 def _choose() -> tuple[ModuleType | None, str, str, str | None]:
     """(core, why not, backend, isa) after the environment's wishes."""
-    wish = os.environ.get("MEDITOK_BACKEND", "auto") or "auto"
     level = os.environ.get("MEDITOK_ISA", "")
-    if wish not in BACKENDS:
-        raise ImportError(f"MEDITOK_BACKEND={wish} is not one of {', '.join(BACKENDS)}")
+    if WISH not in BACKENDS:
+        raise ImportError(f"MEDITOK_BACKEND={WISH} is not one of {', '.join(BACKENDS)}")
     if level and level not in LEVELS:
         raise ImportError(f"MEDITOK_ISA={level} is not one of {', '.join(LEVELS)}")
-    if wish == "triton":
-        raise ImportError("MEDITOK_BACKEND=triton: this version has no Triton kernels; use native or reference")
+    if WISH == "triton" and (problem := triton_problem()):
+        raise ImportError(f"MEDITOK_BACKEND=triton, but {problem}")
     core, why = _load()
-    if wish == "native" and core is None:
+    if WISH == "native" and core is None:
         raise ImportError(f"MEDITOK_BACKEND=native, but {why}")
     isa = None
     if core is not None:
@@ -62,10 +76,11 @@ def _choose() -> tuple[ModuleType | None, str, str, str | None]:
             isa = core.choose_isa(level)
         except ValueError as error:
             raise ImportError(f"MEDITOK_ISA={level}: {error}") from None
-    if wish == "reference":
-        return core, "MEDITOK_BACKEND=reference", "reference", None
+    if WISH in ("reference", "triton"):
+        return core, f"MEDITOK_BACKEND={WISH}", WISH, None
     if core is None:
-        warnings.warn(f"{why}; meditok uses its slower PyTorch reference", RuntimeWarning, stacklevel=2)
+        instead = "its slower PyTorch reference, on CUDA Triton where installed"
+        warnings.warn(f"{why}; meditok uses {instead}", RuntimeWarning, stacklevel=2)
         return None, why, "reference", None
     return core, "", "native", isa
 
@@ -78,11 +93,17 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def cpu_backend() -> str:
+    """ "native", "triton" (its interpreter) or "reference": what runs on the CPU."""
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return "reference" if backend == "triton" and not interpreted else backend
+
+
 @functools.cache
 def cuda_problem() -> str:
     """ "" when the compiled CUDA kernels can run here, else the reason, naming what was found and what is
     needed."""
-    if backend != "native" or core is None:
+    if core is None or backend != "native":
         return why
     info = core.cuda_info()
     if not info["compiled"]:
@@ -94,13 +115,33 @@ def cuda_problem() -> str:
     return ""
 
 
-@functools.cache
-def cuda_usable(device: int) -> bool:
-    """Whether the CUDA kernels run on this device; warns once with the reason when they do not."""
+def _cuda_choice(device: int) -> tuple[str, str]:
+    """(what runs on this CUDA device, why nothing faster does)."""
+    if WISH in ("reference", "triton"):
+        return WISH, why
     problem = cuda_problem() or core.cuda_problem(device)
-    if problem and backend == "native":
-        warnings.warn(f"{problem}; meditok uses its PyTorch reference on CUDA", RuntimeWarning, stacklevel=3)
-    return not problem
+    if not problem:
+        return "native", ""
+    missing = triton_problem()
+    return ("reference", f"{problem}; {missing}") if missing else ("triton", problem)
+
+
+@functools.cache
+def cuda_backend(device: int) -> str:
+    """ "native", "triton" or "reference": what runs on this CUDA device. Warns once where it is not the first;
+    RuntimeError where MEDITOK_BACKEND=native asked for nothing else."""
+    chosen, reason = _cuda_choice(device)
+    if reason and WISH == "native":
+        raise RuntimeError(f"MEDITOK_BACKEND=native, but on cuda:{device} {reason}")
+    if reason and WISH == "auto" and core is not None:  # a missing core was told at import
+        instead = "Triton kernels" if chosen == "triton" else "slower PyTorch reference"
+        warnings.warn(f"{reason}; meditok uses its {instead} on cuda:{device}", RuntimeWarning, stacklevel=3)
+    return chosen
+
+
+def cuda_usable(device: int) -> bool:
+    """Whether the compiled CUDA kernels run on this device."""
+    return cuda_backend(device) == "native"
 
 
 def _cuda_version(number: int) -> str:
@@ -145,7 +186,9 @@ def report() -> dict[str, Any]:
             "driver_needed": _cuda_version(cuda["driver_needed"]) if cuda["driver_needed"] else None,
             "usable": not problem,
             "why": problem,
+            "backends": [_cuda_choice(device)[0] for device in range(torch.cuda.device_count())],
         },
+        "triton": {"usable": not triton_problem(), "why": triton_problem()},
         "threads": threads(),
         "build": {name: value for name, value in build.items() if not name.startswith("isa_")},
     }

@@ -23,6 +23,7 @@ PACKAGES = (
     "scikit-image",
     "rich",
     "click",
+    "triton",
     "pylibjpeg",
     "pylibjpeg-libjpeg",
     "pylibjpeg-openjpeg",
@@ -40,7 +41,9 @@ NO_KERNELS = {
         "driver_found": None,
         "driver_needed": None,
         "usable": False,
+        "backends": [],
     },
+    "triton": {"usable": False},
 }
 # Transfer syntax -> pydicom plugins that decode it.
 SYNTAXES = {

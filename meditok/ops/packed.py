@@ -15,6 +15,7 @@ from torch import Tensor
 
 from meditok import native
 from meditok.ops import _native
+from meditok.ops._cupy import on_torch
 from meditok.ops._library import check_float, check_metric, check_rank, kind_of, library
 
 
@@ -78,7 +79,7 @@ def pack_codebook(codebook: Any, *, metric: str = "cosine") -> PackedCodebook:
         return PackedCodebook(codebook, metric, torch.ops.meditok.vq_pack(codebook.detach(), metric=metric))
     if kind == "numpy":
         return PackedCodebook(codebook, metric, pack_numpy(codebook, metric))
-    return PackedCodebook(codebook, metric, pack_cupy(codebook, metric))
+    return PackedCodebook(codebook, metric, on_torch(torch.ops.meditok.vq_pack, codebook, metric=metric))
 
 
 def pack_numpy(codebook: np.ndarray, metric: str) -> np.ndarray | None:
@@ -88,16 +89,6 @@ def pack_numpy(codebook: np.ndarray, metric: str) -> np.ndarray | None:
     packed = np.empty(size + 64, dtype=np.uint8)
     start = -packed.__array_interface__["data"][0] % 64  # vectors are read 64 bytes at a time
     packed = packed[start : start + size]
-    _native.pack(codebook, metric, packed)
-    return packed
-
-
-def pack_cupy(codebook: Any, metric: str) -> Any:
-    if not native.cuda_usable(codebook.device.id):
-        return None
-    import cupy
-
-    packed = cupy.empty(_native.packed_bytes(*codebook.shape), dtype=cupy.uint8)
     _native.pack(codebook, metric, packed)
     return packed
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from meditok import native
 from meditok.errors import ShapeError
 from meditok.ops import _native, reference
+from meditok.ops._cupy import on_torch
 from meditok.ops._library import (
     check_float,
     check_ids,
@@ -27,7 +28,7 @@ from meditok.ops._library import (
     kind_of,
     library,
 )
-from meditok.ops.packed import pack_cupy, pack_numpy, split
+from meditok.ops.packed import pack_numpy, split
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
@@ -86,24 +87,37 @@ def _lookup_native(ids: Tensor, codebook: Tensor, *, metric: str = "cosine") -> 
     return out
 
 
+def _assign_triton(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
+    from meditok.ops import triton_vq  # imported where it runs, because that costs half a second
+
+    return triton_vq.assign(x, codebook, metric)
+
+
+def _lookup_triton(ids: Tensor, codebook: Tensor, *, metric: str = "cosine") -> Tensor:
+    from meditok.ops import triton_vq
+
+    return triton_vq.lookup(ids.to(torch.int64), codebook, metric)
+
+
+ASSIGN = {"native": _assign_native, "triton": _assign_triton, "reference": _assign_reference}
+LOOKUP = {"native": _lookup_native, "triton": _lookup_triton, "reference": _lookup_reference}
+
+
 def _assign_cuda(x: Tensor, codebook: Tensor, packed: Tensor | None = None, *, metric: str = "cosine") -> Tensor:
-    kernel = _assign_native if native.cuda_usable(x.device.index) else _assign_reference
-    return kernel(x, codebook, packed, metric=metric)
+    return ASSIGN[native.cuda_backend(x.device.index)](x, codebook, packed, metric=metric)
 
 
 def _lookup_cuda(ids: Tensor, codebook: Tensor, *, metric: str = "cosine") -> Tensor:
-    kernel = _lookup_native if native.cuda_usable(codebook.device.index) else _lookup_reference
-    return kernel(ids, codebook, metric=metric)
+    return LOOKUP[native.cuda_backend(codebook.device.index)](ids, codebook, metric=metric)
 
 
 library.impl("vq_assign", _assign_reference, "CompositeExplicitAutograd")
 library.impl("vq_lookup", _lookup_reference, "CompositeExplicitAutograd")
 library.impl("vq_lookup_backward", reference.vq_lookup_backward, "CompositeExplicitAutograd")
-if native.backend == "native":
-    library.impl("vq_assign", _assign_native, "CPU")
-    library.impl("vq_lookup", _lookup_native, "CPU")
-    library.impl("vq_assign", _assign_cuda, "CUDA")
-    library.impl("vq_lookup", _lookup_cuda, "CUDA")
+library.impl("vq_assign", ASSIGN[native.cpu_backend()], "CPU")
+library.impl("vq_lookup", LOOKUP[native.cpu_backend()], "CPU")
+library.impl("vq_assign", _assign_cuda, "CUDA")
+library.impl("vq_lookup", _lookup_cuda, "CUDA")
 
 # ---- fake --------------------------------------------------------------------------------------------------
 
@@ -188,7 +202,7 @@ def vq_assign(x: Any, codebook: Any, *, metric: str = "cosine") -> Any:
         check_same_device(x=x, codebook=codebook)
         return torch.ops.meditok.vq_assign(x, codebook, packed, metric=metric)
     if kind == "cupy":
-        return _assign_cupy(x, codebook, packed, metric)
+        return on_torch(torch.ops.meditok.vq_assign, x, codebook, packed, metric=metric)
     if native.backend != "native":
         return reference.vq_assign(_to_torch(x), _to_torch(codebook), metric=metric).numpy()
     x, codebook = _plain(x), _plain(codebook)
@@ -215,7 +229,7 @@ def vq_lookup(ids: Any, codebook: Any, *, metric: str = "cosine") -> Any:
     if kind == "torch":
         return torch.ops.meditok.vq_lookup(ids, codebook, metric=metric)
     if kind == "cupy":
-        return _lookup_cupy(ids, codebook, metric)
+        return on_torch(torch.ops.meditok.vq_lookup, ids, codebook, metric=metric)
     if native.backend != "native":
         return reference.vq_lookup(_to_torch(ids.astype(np.int64)), _to_torch(codebook), metric=metric).numpy()
     ids, codebook = _plain(ids.astype(np.int64, copy=False)), _plain(codebook)
@@ -236,25 +250,3 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 def _to_torch(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
-
-
-def _assign_cupy(x: Any, codebook: Any, packed: Any, metric: str) -> Any:
-    import cupy
-
-    if not native.cuda_usable(x.device.id):
-        return cupy.asarray(reference.vq_assign(torch.as_tensor(x), torch.as_tensor(codebook), metric=metric))
-    with x.device:
-        ids = cupy.empty(x.shape[:2], dtype=cupy.int64)
-        _native.assign(x, codebook, pack_cupy(codebook, metric) if packed is None else packed, metric, ids)
-    return ids
-
-
-def _lookup_cupy(ids: Any, codebook: Any, metric: str) -> Any:
-    import cupy
-
-    if not native.cuda_usable(codebook.device.id):
-        return cupy.asarray(reference.vq_lookup(torch.as_tensor(ids), torch.as_tensor(codebook), metric=metric))
-    with codebook.device:
-        out = cupy.empty((*ids.shape, codebook.shape[2]), dtype=codebook.dtype)
-        _native.lookup(ids.astype(cupy.int64, copy=False), codebook, metric, out)
-    return out
