@@ -130,7 +130,7 @@ void bind_vq_train(py::module_& module) {
     module.def("vq_quantize_backward_scratch_bytes", &backward_scratch_bytes);
     module.def("vq_stats_scratch_bytes", &stats_scratch_bytes);
     module.def("vq_update_scratch_bytes", &update_scratch_bytes);
-#if defined(MEDITOK_HAVE_CUDA_TRAINING)
+#if defined(MEDITOK_HAVE_CUDA)
     define(module, kVqQuantizeCuda, &make_quantize, &on_stream<QuantizeParams, vq_quantize_cuda>);
     define(module, kVqQuantizeBackwardCuda, &make_backward,
            &on_stream<QuantizeBackwardParams, vq_quantize_backward_cuda>);

@@ -23,6 +23,15 @@ __device__ inline double element(const void* data, Dtype type, int64_t index) {
     }
 }
 
+__device__ inline void store_element(void* data, Dtype type, int64_t index, double value) {
+    switch (type) {
+        case Dtype::kFloat32: from_double(value, static_cast<float*>(data)[index]); break;
+        case Dtype::kFloat16: from_double(value, static_cast<half_bits*>(data)[index]); break;
+        case Dtype::kBfloat16: from_double(value, static_cast<bfloat16_bits*>(data)[index]); break;
+        default: static_cast<double*>(data)[index] = value;
+    }
+}
+
 // Element i of x[row, group] and of codebook[group, code], canonical norm and score; see vq_canonical.h.
 __device__ inline double x_element(const AssignParams& params, int64_t row, int64_t group, int64_t i) {
     return element(params.x, params.x_type,

@@ -12,15 +12,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 20;
 
-__device__ inline void store_element(void* data, Dtype type, int64_t index, double value) {
-    switch (type) {
-        case Dtype::kFloat32: from_double(value, static_cast<float*>(data)[index]); break;
-        case Dtype::kFloat16: from_double(value, static_cast<half_bits*>(data)[index]); break;
-        case Dtype::kBfloat16: from_double(value, static_cast<bfloat16_bits*>(data)[index]); break;
-        default: static_cast<double*>(data)[index] = value;
-    }
-}
-
 // kLanes threads work on one row of one group.
 template <int kLanes>
 __global__ void __launch_bounds__(kThreads) lookup_kernel(LookupParams params) {

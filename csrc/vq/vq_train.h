@@ -92,22 +92,45 @@ struct UpdateParams {
 constexpr int64_t kStatsRows = 4096;  // STATS_ROWS of meditok/ops/reference.py
 
 // ---- scratch memory of the CUDA entries -----------------------------------------------------------------------
+// Never more than about what the inputs take: for a row and group 8 bytes of order (and 8 of norm in the backward), for
+// a code 4 bytes per 4,096 rows, for an element of the codebook 8 bytes in the backward.
+
+MEDITOK_HD inline int64_t row_blocks(int64_t rows) {
+    return (rows + kStatsRows - 1) / kStatsRows;
+}
+
+inline size_t bytes_of(int64_t count, size_t size) {
+    return align_up(static_cast<size_t>(count) * size);
+}
+
+// The rows ordered by their code (vq_order.h).
+inline size_t order_scratch_bytes(int64_t rows, int64_t groups, int64_t codes) {
+    return bytes_of(groups * codes, sizeof(int32_t)) +
+           bytes_of(row_blocks(rows) * groups * codes, sizeof(int32_t)) +
+           bytes_of(groups * rows, sizeof(int32_t));
+}
+
+// A partial sum of the loss for at least kPartialPairs rows of a group.
+constexpr int64_t kPartialPairs = 8;
 
 inline size_t quantize_scratch_bytes(int64_t rows, int64_t groups, int64_t, int64_t) {
-    return align_up(static_cast<size_t>((rows + kStatsRows - 1) / kStatsRows * groups + 1) * sizeof(double));
+    return bytes_of((rows * groups + kPartialPairs - 1) / kPartialPairs, sizeof(double));
 }
 
-inline size_t backward_scratch_bytes(int64_t rows, int64_t groups, int64_t codes, int64_t) {
-    return align_up(static_cast<size_t>(rows * groups) * sizeof(int32_t)) +
-           align_up(static_cast<size_t>(groups * (codes + 1)) * sizeof(int32_t)) + kAlignment;
+// The factor of the loss's gradient, norms of codes, inverse norms of rows, the order, sums of the codes.
+inline size_t backward_scratch_bytes(int64_t rows, int64_t groups, int64_t codes, int64_t width) {
+    return bytes_of(1, sizeof(double)) + bytes_of(groups * codes, sizeof(double)) +
+           bytes_of(rows * groups, sizeof(double)) + order_scratch_bytes(rows, groups, codes) +
+           bytes_of(groups * codes * width, sizeof(double));
 }
 
-inline size_t stats_scratch_bytes(int64_t rows, int64_t groups, int64_t codes, int64_t width) {
-    return backward_scratch_bytes(rows, groups, codes, width);
+inline size_t stats_scratch_bytes(int64_t rows, int64_t groups, int64_t codes, int64_t) {
+    return order_scratch_bytes(rows, groups, codes);
 }
 
+// Whether anything was counted, and the sum of each group's counts.
 inline size_t update_scratch_bytes(int64_t groups, int64_t, int64_t) {
-    return align_up(static_cast<size_t>(groups + 1) * sizeof(double));
+    return bytes_of(1, sizeof(int32_t)) + bytes_of(groups, sizeof(double));
 }
 
 // ---- entry points -----------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meditok.errors import ShapeError
+
 
 def on_torch(op: Callable, *arguments: Any, **settings: Any) -> Any:
     """op(*arguments, **settings) of a torch op, its CuPy arguments (and None, and numbers) seen as tensors.
@@ -18,18 +20,27 @@ def on_torch(op: Callable, *arguments: Any, **settings: Any) -> Any:
     """
     import cupy
 
-    device = next(argument.device.id for argument in arguments if isinstance(argument, cupy.ndarray))
+    devices = {argument.device.id for argument in arguments if isinstance(argument, cupy.ndarray)}
+    if len(devices) != 1:
+        raise ShapeError(
+            f"arrays on one device are needed, but those given are on {sorted(devices)}; move them together"
+        )
+    device = devices.pop()
     with cupy.cuda.Device(device):
         stream = torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr, device=device)
         with torch.cuda.stream(stream):
-            result = op(*(_tensor(argument, cupy) for argument in arguments), **settings)
+            tensors = [
+                torch.as_tensor(forward_strides(argument)) if isinstance(argument, cupy.ndarray) else argument
+                for argument in arguments
+            ]
+            result = op(*tensors, **settings)
             if isinstance(result, tuple):
                 return tuple(cupy.asarray(tensor.detach()) for tensor in result)
             return cupy.asarray(result.detach()) if isinstance(result, Tensor) else result
 
 
-def _tensor(argument: Any, cupy: Any) -> Any:
-    if not isinstance(argument, cupy.ndarray):
-        return argument
-    backwards = any(stride < 0 for stride in argument.strides)
-    return torch.as_tensor(cupy.ascontiguousarray(argument) if backwards else argument)
+def forward_strides(array: Any) -> Any:
+    """The array itself, or a copy where a stride is negative."""
+    import cupy
+
+    return cupy.ascontiguousarray(array) if any(stride < 0 for stride in array.strides) else array

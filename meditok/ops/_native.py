@@ -1,4 +1,4 @@
-"""Calls into `meditok._core`: pointers, element strides and dtype codes of torch, NumPy and CuPy arrays.
+"""Calls into `meditok._core`: pointers, element strides and dtype codes of torch tensors and NumPy arrays.
 
 Nothing is converted and nothing checked here; results are allocated contiguous by the caller's kind.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +22,7 @@ def _view(array: Any) -> tuple[int, tuple[int, ...]]:
     if isinstance(array, Tensor):
         return array.data_ptr(), array.stride()
     size = array.dtype.itemsize
-    if isinstance(array, np.ndarray):
-        return array.__array_interface__["data"][0], tuple(stride // size for stride in array.strides)
-    return array.data.ptr, tuple(stride // size for stride in array.strides)  # CuPy
+    return array.__array_interface__["data"][0], tuple(stride // size for stride in array.strides)
 
 
 def _dtype(array: Any) -> int:
@@ -34,15 +31,9 @@ def _dtype(array: Any) -> int:
 
 def _place(array: Any) -> tuple[int, int] | None:
     """(device, stream) of a CUDA array, None for one in main memory."""
-    if isinstance(array, Tensor):
-        if not array.is_cuda:
-            return None
-        return array.device.index, torch.cuda.current_stream(array.device).cuda_stream
-    if isinstance(array, np.ndarray):
+    if not isinstance(array, Tensor) or not array.is_cuda:
         return None
-    import cupy
-
-    return array.device.id, cupy.cuda.get_current_stream().ptr
+    return array.device.index, torch.cuda.current_stream(array.device).cuda_stream
 
 
 def packed_bytes(groups: int, codes: int, width: int) -> int:

@@ -13,8 +13,9 @@ import torch
 
 from meditok.errors import DtypeError, ShapeError
 from meditok.ops import reference
+from meditok.ops._cupy import on_torch
 from meditok.ops._library import check_float, check_rank, check_same_device, kind_of, library
-from meditok.ops.quantize import _like, _tensor
+from meditok.ops.quantize import _arrays, _tensor
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
@@ -75,10 +76,12 @@ def attention(
     """
     kind = kind_of(q, k, v, attn_mask)
     _check_attention(q, k, v, attn_mask, is_causal)
-    if kind != "torch":
+    if kind == "cupy":
+        return on_torch(torch.ops.meditok.attention, q, k, v, attn_mask, is_causal=is_causal, scale=scale)
+    if kind == "numpy":
         mask = None if attn_mask is None else _tensor(attn_mask)
         out = reference.attention(_tensor(q), _tensor(k), _tensor(v), mask, is_causal=is_causal, scale=scale)
-        return _like(kind, (out,))[0]
+        return _arrays((out,))[0]
     check_same_device(q=q, k=k, v=v, attn_mask=attn_mask)
     return torch.ops.meditok.attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
 
@@ -96,6 +99,9 @@ def attention_qkv(qkv: Any, *, is_causal: bool = False, scale: float | None = No
         raise ShapeError(f"qkv has shape {tuple(qkv.shape)}; (B, N, 3, H, D) is needed")
     if reduce not in (None, "mean"):
         raise ValueError(f"reduce={reduce!r} is not one of None, 'mean'")
-    if kind != "torch":
-        return _like(kind, (reference.attention_qkv(_tensor(qkv), is_causal=is_causal, scale=scale, reduce=reduce),))[0]
+    if kind == "cupy":
+        return on_torch(torch.ops.meditok.attention_qkv, qkv, is_causal=is_causal, scale=scale, reduce=reduce)
+    if kind == "numpy":
+        out = reference.attention_qkv(_tensor(qkv), is_causal=is_causal, scale=scale, reduce=reduce)
+        return _arrays((out,))[0]
     return torch.ops.meditok.attention_qkv(qkv, is_causal=is_causal, scale=scale, reduce=reduce)

@@ -10,6 +10,7 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from meditok import native
 from meditok.errors import DtypeError, ShapeError
 from meditok.ops import _native, reference
+from meditok.ops._cupy import forward_strides, on_torch
 from meditok.ops._library import (
     check_float,
     check_ids,
@@ -171,8 +173,22 @@ KERNELS = {
     "vq_stats": (reference.vq_stats, _stats_native),
     "vq_update_": (reference.vq_update_, _update_native),
 }
+
+
+def _on_cuda(plain: Any, kernel: Any) -> Any:
+    """The kernel where the compiled ones serve the device of the first tensor; Triton helps the others through
+    vq_assign and vq_lookup."""
+
+    def run(first: Tensor, *arguments: Any, **settings: Any) -> Any:
+        chosen = kernel if native.cuda_backend(first.device.index) == "native" else plain
+        return chosen(first, *arguments, **settings)
+
+    return run
+
+
 for _name, (_plain, _kernel) in KERNELS.items():
     library.impl(_name, _plain, "CompositeExplicitAutograd")
+    library.impl(_name, _on_cuda(_plain, _kernel), "CUDA")
     if native.backend == "native":
         library.impl(_name, _kernel, "CPU")
 
@@ -276,9 +292,11 @@ def vq_quantize(
         codebook_weight=float(codebook_weight),
         rotation=bool(rotation),
     )
-    if kind != "torch":
+    if kind == "cupy":
+        return on_torch(torch.ops.meditok.vq_quantize, x, codebook, mask, packed, **settings)
+    if kind == "numpy":
         mask = None if mask is None else _tensor(mask)
-        return _like(kind, _quantize_composed(_tensor(x), _tensor(codebook), mask, **settings))
+        return _arrays(_quantize_composed(_tensor(x), _tensor(codebook), mask, **settings))
     check_same_device(x=x, codebook=codebook, mask=mask)
     return torch.ops.meditok.vq_quantize(x, codebook, mask, packed, **settings)
 
@@ -297,11 +315,13 @@ def vq_stats(x: Any, ids: Any, K: int) -> tuple[Any, Any]:
     check_integer("ids", ids)
     if tuple(ids.shape) != tuple(x.shape[:2]):
         raise ShapeError(f"ids have shape {tuple(ids.shape)} and x {tuple(x.shape)}; (N, G) and (N, G, C) are needed")
-    if kind != "torch":
-        check_ids(np.maximum(ids, 0) if kind == "numpy" else ids.clip(0), K)
-        return _like(kind, reference.vq_stats(_tensor(x), _tensor(ids), K))
-    check_same_device(x=x, ids=ids)
-    check_ids(ids.clamp_min(0), K)
+    if kind == "torch":
+        check_same_device(x=x, ids=ids)
+    check_ids(ids.clip(0), K)  # -1 is left out
+    if kind == "cupy":
+        return on_torch(torch.ops.meditok.vq_stats, x, ids, K)
+    if kind == "numpy":
+        return _arrays(reference.vq_stats(_tensor(x), _tensor(ids), K))
     return torch.ops.meditok.vq_stats(x, ids, K)
 
 
@@ -341,21 +361,22 @@ def vq_update_(
         check_same_device(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums)
         torch.ops.meditok.vq_update_(codebook, ema_counts, ema_sums, counts, sums, **settings)
         return
-    state = [_tensor(array).clone() for array in (codebook, ema_counts, ema_sums)]
-    reference.vq_update_(*state, _tensor(counts), _tensor(sums), **settings)
-    for array, tensor in zip((codebook, ema_counts, ema_sums), state, strict=True):
-        array[...] = _like(kind, (tensor,))[0]
+    if kind == "cupy":
+        state = [forward_strides(array) for array in (codebook, ema_counts, ema_sums)]
+        on_torch(torch.ops.meditok.vq_update_, *state, counts, sums, **settings)
+    else:
+        tensors = [_tensor(array) for array in (codebook, ema_counts, ema_sums)]
+        reference.vq_update_(*tensors, _tensor(counts), _tensor(sums), **settings)
+        state = _arrays(tensors)
+    for array, updated in zip((codebook, ema_counts, ema_sums), state, strict=True):
+        if updated is not array:
+            array[...] = updated
 
 
-def _tensor(array: Any) -> Tensor:
-    if isinstance(array, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).copy())
-    return torch.as_tensor(array)  # CuPy, through its array interface
+def _tensor(array: np.ndarray) -> Tensor:
+    """A copy."""
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).copy())
 
 
-def _like(kind: str, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    if kind == "numpy":
-        return tuple(tensor.numpy() if tensor.ndim else tensor.numpy()[()] for tensor in tensors)
-    import cupy
-
-    return tuple(cupy.asarray(tensor) for tensor in tensors)
+def _arrays(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    return tuple(tensor.numpy() if tensor.ndim else tensor.numpy()[()] for tensor in tensors)

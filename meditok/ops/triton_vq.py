@@ -20,7 +20,7 @@ from torch import Tensor
 from meditok.ops._library import METRICS
 
 BLOCK = 64  # rows and codes of a tile
-WARPS = 4  # 128 threads: twice the block, so that Triton reloads a vector where it is needed instead of shuffling it
+WARPS = 4
 PAIRS = 128  # rows of a program of the lookup
 
 # csrc/vq/vq_filter.h, the same numbers but one: the last term of the bound is 2^-120, not 2^-140, because a device may
@@ -56,12 +56,13 @@ def _narrow(value, dtype: tl.constexpr):
     """float64 to float32, then to dtype, both to nearest even, as csrc/common/dtype.h has it."""
     if dtype == tl.float64:
         return value
-    value = value.to(tl.float32)
-    if dtype != tl.int16:
-        return value.to(dtype)
-    bits = value.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(value == value, rounded, 0x7FC0).to(tl.int16)
+    elif dtype == tl.int16:
+        value = value.to(tl.float32)
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(value == value, rounded, 0x7FC0).to(tl.int16)
+    else:
+        return value.to(tl.float32).to(dtype)
 
 
 @triton.jit

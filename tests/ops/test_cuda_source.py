@@ -6,10 +6,6 @@ This proves the kernels' logic where no GPU is at hand; tests marked `gpu` run t
 from __future__ import annotations
 
 import ctypes
-import os
-import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -21,38 +17,12 @@ from meditok.ops._library import FLOATS as CODES
 from .helpers import (
     FLOATS,
     METRICS,
-    ROOT,
     adversarial_codebooks,
     assert_same_bits,
     assert_same_ids,
     near_ties,
     randn,
 )
-
-SOURCES = ("vq_pack.cu", "vq_lookup.cu", "vq_assign_small_dim.cu", "vq_assign_large_dim.cu", "vq_cuda.cpp")
-LAUNCH = re.compile(r"(\w+(?:<\w+>)?)\s*<<<(.+?), (\w+), 0, [^>]+>>>\(\s*(.*?)\);", re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """The kernels compiled by g++ against tests/ops/cuda_emulation."""
-    if shutil.which("g++") is None or os.uname().machine != "x86_64":
-        pytest.skip("g++ on x86_64 is needed")
-    if not (ROOT / "csrc").is_dir():
-        pytest.skip("the C++ sources are not beside the tests")
-    folder = tmp_path_factory.mktemp("cuda")
-    files = [ROOT / "tests/ops/cuda_emulation/entries.cpp"]
-    for name in SOURCES:
-        text, _ = LAUNCH.subn(r"emulation::emulate(\2, \3, [&] { \1(\4); });", (ROOT / "csrc/vq" / name).read_text())
-        assert "<<<" not in text
-        files.append(folder / f"{name}.cpp")
-        files[-1].write_text(text)
-    flags = "-std=c++17 -O1 -fPIC -shared -ffp-contract=off -mfma -D__CUDACC__ -w -include cuda_runtime.h".split()
-    include = [f"-I{ROOT / 'tests/ops/cuda_emulation'}", f"-I{ROOT / 'csrc'}"]
-    library = folder / "libkernels.so"
-    result = subprocess.run(["g++", *flags, *include, *files, "-o", library], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return ctypes.CDLL(str(library))
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -18,6 +19,7 @@
 #define __host__
 #define __noinline__
 #define __grid_constant__
+#define __forceinline__
 #define __shared__ static
 #define __launch_bounds__(...)
 
@@ -25,8 +27,11 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct float4 {
+struct alignas(16) float4 {
     float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 
 using cudaStream_t = void*;
@@ -47,6 +52,30 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
     return memset(data, value, bytes), cudaSuccess;
 }
 
+// The limits of a GPU of compute capability 9.0, or what a test sets.
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+namespace emulation {
+inline int multiprocessors = 2, block_shared = 227 * 1024, multiprocessor_shared = 228 * 1024;
+constexpr int kSharedBytes = 227 * 1024;
+alignas(128) inline unsigned char shared[kSharedBytes + 128];
+}  // namespace emulation
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+    *value = name == cudaDevAttrMultiProcessorCount            ? emulation::multiprocessors
+             : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulation::block_shared
+                                                               : emulation::multiprocessor_shared;
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+    if (bytes > emulation::block_shared) throw std::runtime_error("more shared memory than the device has");
+    return cudaSuccess;
+}
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
@@ -57,13 +86,12 @@ struct Barrier {
 
 struct Block {
     std::vector<ucontext_t> fibers;
-    std::vector<std::vector<char>> stacks;
     std::vector<char> finished;
     ucontext_t scheduler;
     unsigned current = 0;
     Barrier all;
     std::vector<Barrier> warps;
-    std::vector<float> slots;
+    std::vector<std::vector<unsigned char>> slots;
     int total = 0;
     std::function<void()> body;
 };
@@ -84,21 +112,24 @@ inline void start() {
     block->finished[block->current] = 1;
 }
 
+constexpr size_t kStack = 64 * 1024;
+
 inline void run_block(unsigned threads, const std::function<void()>& body) {
     Block state;
     block = &state;
     state.fibers.resize(threads);
-    state.stacks.assign(threads, std::vector<char>(64 * 1024));
+    static std::vector<char> stacks;  // grows to the largest block
+    if (stacks.size() < threads * kStack) stacks.resize(threads * kStack);
     state.finished.assign(threads, 0);
     state.all.count = threads;
     state.warps.resize((threads + 31) / 32);
     for (Barrier& warp : state.warps) warp.count = 32;
-    state.slots.assign(threads, 0.0f);
+    state.slots.assign(threads, {});
     state.body = body;
     for (unsigned i = 0; i < threads; ++i) {
         getcontext(&state.fibers[i]);
-        state.fibers[i].uc_stack.ss_sp = state.stacks[i].data();
-        state.fibers[i].uc_stack.ss_size = state.stacks[i].size();
+        state.fibers[i].uc_stack.ss_sp = stacks.data() + i * kStack;
+        state.fibers[i].uc_stack.ss_size = kStack;
         state.fibers[i].uc_link = &state.scheduler;
         makecontext(&state.fibers[i], start, 0);
     }
@@ -114,15 +145,39 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
     }
 }
 
-inline void emulate(dim3 grid, dim3 threads, const std::function<void()>& body) {
+inline void emulate(dim3 grid, dim3 threads, int shared_bytes, const std::function<void()>& body) {
+    if (shared_bytes > block_shared) throw std::runtime_error("more shared memory than the device has");
     gridDim = grid;
     blockDim = threads;
     for (unsigned y = 0; y < grid.y; ++y) {
         for (unsigned x = 0; x < grid.x; ++x) {
             blockIdx = dim3(x, y, 0);
+            memset(shared, 0xff, sizeof shared);  // NaN to whoever reads before writing
             run_block(threads.x, body);
+            for (int i = shared_bytes; i < kSharedBytes + 128; ++i) {
+                if (shared[i] != 0xff) throw std::runtime_error("written beyond the dynamic shared memory");
+            }
         }
     }
+}
+
+// A value of every lane of the warp, for the others to read until release().
+inline void exchange(const void* value, size_t bytes) {
+    const unsigned char* start = static_cast<const unsigned char*>(value);
+    block->slots[block->current].assign(start, start + bytes);
+    wait(block->warps[block->current / 32]);
+}
+
+inline void read(int lane, void* value, size_t bytes) {
+    memcpy(value, block->slots[block->current / 32 * 32 + static_cast<unsigned>(lane)].data(), bytes);
+}
+
+inline void release() {
+    wait(block->warps[block->current / 32]);
+}
+
+inline void require_aligned(const void* pointer, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) throw std::runtime_error("misaligned address");
 }
 
 }  // namespace emulation
@@ -145,15 +200,57 @@ inline int __syncthreads_or(int predicate) {
     return __syncthreads_count(predicate) != 0;
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int offset) {
-    emulation::Block& block = *emulation::block;
-    const unsigned me = block.current;
-    emulation::Barrier& warp = block.warps[me / 32];
-    block.slots[me] = value;
-    emulation::wait(warp);
-    const float other = block.slots[me ^ static_cast<unsigned>(offset)];
-    emulation::wait(warp);
-    return other;
+inline void __syncwarp() {
+    emulation::release();
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+    emulation::exchange(&value, sizeof value);
+    emulation::read(lane, &value, sizeof value);
+    emulation::release();
+    return value;
+}
+
+// Doubles are shuffled where a warp agrees on the best float64 score only, five times: so searches are counted.
+inline long double_shuffles = 0;
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int offset) {
+    double_shuffles += std::is_same<T, double>::value;
+    return __shfl_sync(mask, value, static_cast<int>(emulation::block->current % 32) ^ offset);
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+    emulation::exchange(&predicate, sizeof predicate);
+    unsigned votes = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+        int vote;
+        emulation::read(lane, &vote, sizeof vote);
+        votes |= vote != 0 ? 1u << lane : 0u;
+    }
+    emulation::release();
+    return votes;
+}
+
+template <class T>
+unsigned __match_any_sync(unsigned, T value) {
+    emulation::exchange(&value, sizeof value);
+    unsigned peers = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+        T other;
+        emulation::read(lane, &other, sizeof other);
+        peers |= other == value ? 1u << lane : 0u;
+    }
+    emulation::release();
+    return peers;
+}
+
+inline int __any_sync(unsigned mask, int predicate) {
+    return __ballot_sync(mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+    return __ballot_sync(mask, predicate) == 0xffffffffu;
 }
 
 template <class T>
@@ -164,12 +261,44 @@ T atomicAdd(T* address, T value) {
 }
 
 template <class T>
+T atomicCAS(T* address, T expected, T value) {
+    const T before = *address;
+    if (before == expected) *address = value;
+    return before;
+}
+
+template <class T>
 T atomicMin(T* address, T value) {
     const T before = *address;
     if (value < before) *address = value;
     return before;
 }
 
+template <class T>
+T atomicMax(T* address, T value) {
+    const T before = *address;
+    if (value > before) *address = value;
+    return before;
+}
+
+inline int __float_as_int(float value) {
+    int bits;
+    return memcpy(&bits, &value, sizeof bits), bits;
+}
+inline float __int_as_float(int bits) {
+    float value;
+    return memcpy(&value, &bits, sizeof value), value;
+}
+inline int __popc(unsigned bits) {
+    return __builtin_popcount(bits);
+}
+
+inline float __fadd_rn(float a, float b) {
+    return a + b;
+}
+inline float __fmul_rn(float a, float b) {
+    return a * b;
+}
 inline float __fmaf_rn(float a, float b, float c) {
     return fmaf(a, b, c);
 }

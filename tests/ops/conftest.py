@@ -1,0 +1,21 @@
+"""The CUDA kernels on the CPU, built once for all test files that run them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from .emulation import build
+from .helpers import ROOT
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The kernels compiled by g++ against tests/ops/cuda_emulation."""
+    if shutil.which("g++") is None or os.uname().machine != "x86_64":
+        pytest.skip("g++ on x86_64 is needed")
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("the C++ sources are not beside the tests")
+    return build(tmp_path_factory.mktemp("cuda"))
