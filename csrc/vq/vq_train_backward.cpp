@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "common/threads.h"
-#include "vq/vq_canonical.h"
 #include "vq/vq_train_cpu.h"
 
 namespace meditok {
@@ -18,6 +17,7 @@ namespace meditok {
 namespace {
 
 constexpr int64_t kSliceColumns = 64;
+constexpr int kBatch = 64;  // rows or codes handed to a loop at once
 
 template <class T>
 class Backward {
@@ -77,31 +77,50 @@ class Backward {
                              if (code >= 0) used[code] = 1;
                          }
                          if (in_place) return;
+                         Batch batch;
                          for (int64_t code = 0; code < codes; ++code) {
-                             if (used[code]) copy_code(group, code);
+                             if (used[code]) batch.code[batch.count++] = code;
+                             if (batch.count == kBatch || code == codes - 1) copy_codes(group, batch);
                          }
                      });
     }
 
-    void copy_code(int64_t group, int64_t code) {
+    struct Batch {
+        int count = 0;
+        int64_t code[kBatch];
+    };
+
+    // The rows of vq_lookup, up to the order in which the squares of the norm are added.
+    void copy_codes(int64_t group, Batch& batch) {
         const int64_t width = codebook_.width;
-        const T* from = static_cast<const T*>(codebook_.data) + group * codebook_.group_stride +
-                        code * codebook_.code_stride;
-        F* to = unit_copy_.get() + group * unit_group_ + code * unit_code_;
-        double norm = 1.0;
-        if (cosine_) {
-            norm = canonical_norm(from, codebook_.column_stride, width);
-            norms_[group * codebook_.codes + code] = norm;
+        const T* codes = static_cast<const T*>(codebook_.data) + group * codebook_.group_stride;
+        const F* from[kBatch];
+        F* to[kBatch];
+        double norms[kBatch];
+        for (int i = 0; i < batch.count; ++i) {
+            to[i] = unit_copy_.get() + group * unit_group_ + batch.code[i] * unit_code_;
+            from[i] = contiguous_rows(codes + batch.code[i] * codebook_.code_stride, 0,
+                                      codebook_.column_stride, 1, width, to[i])
+                          .data;
         }
-        const F* row = contiguous_rows(from, 0, codebook_.column_stride, 1, width, to).data;
-        kernels_.divide(&row, cosine_ ? &norm : nullptr, 1, width, to, width);
-        if constexpr (!std::is_same<T, F>::value) {
-            for (int64_t i = 0; i < width; ++i) {
-                T rounded;
-                from_double(to[i], rounded);
-                to[i] = widened(rounded);
+        if (cosine_) {
+            kernels_.normalise(from, batch.count, width, to, norms);
+            for (int i = 0; i < batch.count; ++i) norms_[group * codebook_.codes + batch.code[i]] = norms[i];
+        } else {
+            for (int i = 0; i < batch.count; ++i) {
+                std::memmove(to[i], from[i], static_cast<size_t>(width) * sizeof(F));
             }
         }
+        if constexpr (!std::is_same<T, F>::value) {
+            for (int i = 0; i < batch.count; ++i) {
+                for (int64_t column = 0; column < width; ++column) {
+                    T rounded;
+                    from_double(to[i][column], rounded);
+                    to[i][column] = widened(rounded);
+                }
+            }
+        }
+        batch.count = 0;
     }
 
     void prepare_rows() {
@@ -132,7 +151,7 @@ class Backward {
         const RowView<F> grad =
             contiguous_rows(static_cast<const T*>(params_.grad_z) + begin * gs[0] + group * gs[1], gs[0],
                             gs[2], count, width, scratch + at_once * width);
-        const F* code[64];
+        const F* code[kBatch];
         for (int64_t r = 0; r < count; ++r) {
             const int64_t k = id(begin + r, group);
             code[r] = k >= 0 ? unit(group, k) : k == kMasked ? nullptr : nans;
@@ -182,18 +201,34 @@ class Backward {
     // sums[k] = sum of e - x_hat over the rows with id k, for columns first .. first + count - 1.
     void add_slice(int64_t group, int64_t first, int64_t count, F* sums) {
         const int64_t codes = codebook_.codes, width = codebook_.width;
-        for (int64_t code = 0; code < codes; ++code) {
-            std::memset(sums + code * width, 0, static_cast<size_t>(count) * sizeof(F));
+        if (count == width) {
+            std::memset(sums, 0, static_cast<size_t>(codes * width) * sizeof(F));
+        } else {
+            for (int64_t code = 0; code < codes; ++code) {
+                std::memset(sums + code * width, 0, static_cast<size_t>(count) * sizeof(F));
+            }
         }
         const int64_t* xs = params_.x_strides;
         const T* x = static_cast<const T*>(params_.x) + group * xs[1] + first * xs[2];
-        F scratch[kSliceColumns];
+        F scratch[kBatch * kSliceColumns];
+        const F* from[kBatch];
+        const F* codes_of[kBatch];
+        F* sums_of[kBatch];
+        double scale[kBatch];
+        int held = 0;
         for (int64_t row = 0; row < params_.rows; ++row) {
             const int64_t code = id(row, group);
-            if (code < 0) continue;
-            const F* from = contiguous_rows(x + row * xs[0], 0, xs[2], 1, count, scratch).data;
-            const double scale = cosine_ ? inverse_[row * codebook_.groups + group] : 1.0;
-            kernels_.add_difference(from, scale, unit(group, code) + first, count, sums + code * width);
+            if (code >= 0) {
+                from[held] =
+                    contiguous_rows(x + row * xs[0], 0, xs[2], 1, count, scratch + held * kSliceColumns).data;
+                scale[held] = cosine_ ? inverse_[row * codebook_.groups + group] : 1.0;
+                codes_of[held] = unit(group, code) + first;
+                sums_of[held++] = sums + code * width;
+            }
+            if (held == kBatch || row == params_.rows - 1) {
+                kernels_.add({held, count, from, scale, codes_of, sums_of});
+                held = 0;
+            }
         }
     }
 

@@ -25,6 +25,16 @@ struct BackwardRows {
     int64_t inverse_stride;
 };
 
+// sum[r] += code[r] - x[r] scale[r], the difference rounded to F, row after row.
+template <class F>
+struct AddRows {
+    int64_t rows, width;
+    const F* const* x;
+    const double* scale;
+    const F* const* code;
+    F* const* sum;
+};
+
 template <class F>
 struct RowKernels {
     // sum of x_i^2
@@ -36,8 +46,9 @@ struct RowKernels {
     void (*error)(const F* x, int64_t x_stride, const F* z, int64_t z_stride, int64_t rows, int64_t width,
                   bool cosine, double* errors, int64_t errors_stride);
     void (*backward)(const BackwardRows<F>& block);
-    // sum += code - F(x * scale)
-    void (*add_difference)(const F* x, double scale, const F* code, int64_t width, F* sum);
+    // to[r] = F(from[r] / norms[r]), norms[r] = max(|from[r]|, 1e-12); to[r] may be from[r].
+    void (*normalise)(const F* const* from, int64_t rows, int64_t width, F* const* to, double* norms);
+    void (*add)(const AddRows<F>& block);
     // out = factor * sum taken through the normalisation of a code of this norm; sum may be out.
     void (*through_norm)(const F* sum, double factor, const F* unit, double norm, int64_t width, F* out);
 };

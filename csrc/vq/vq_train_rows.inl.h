@@ -212,12 +212,27 @@ void backward(const BackwardRows<F>& block) {
 }
 
 template <class F, int W>
-void add_difference(const F* x, double scale, const F* code, int64_t given, F* sum) {
+void normalise(const F* const* from, int64_t rows, int64_t given, F* const* to, double* norms) {
     const int64_t width = W > 0 ? W : given;
-    const Four factor = fill(scale);
-    columns<F>(width, [&](int64_t, auto at) __attribute__((always_inline)) {
-        at.put(sum, at(sum) + rounded<F>(at(code) - at(x) * factor));
-    });
+    for (int64_t row = 0; row < rows; ++row) {
+        norms[row] = floored(__builtin_sqrt(square_sum<F>(from[row], width)));
+        const Four length = fill(norms[row]);
+        columns<F>(width, [&](int64_t, auto at)
+                              __attribute__((always_inline)) { at.put(to[row], at(from[row]) / length); });
+    }
+}
+
+template <class F, int W>
+void add(const AddRows<F>& block) {
+    const int64_t width = W > 0 ? W : block.width;
+    for (int64_t row = 0; row < block.rows; ++row) {
+        const F *x = block.x[row], *code = block.code[row];
+        F* sum = block.sum[row];
+        const Four scale = fill(block.scale[row]);
+        columns<F>(width, [&](int64_t, auto at) __attribute__((always_inline)) {
+            at.put(sum, at(sum) + rounded<F>(at(code) - at(x) * scale));
+        });
+    }
 }
 
 template <class F>
@@ -250,9 +265,10 @@ RowKernels<F> row_kernels() {
         [](const BackwardRows<F>& block) {
             block.width == 8 ? backward<F, 8>(block) : backward<F, 0>(block);
         },
-        [](const F* x, double scale, const F* code, int64_t width, F* sum) {
-            width == 8 ? add_difference<F, 8>(x, scale, code, width, sum)
-                       : add_difference<F, 0>(x, scale, code, width, sum);
+        [](const F* const* from, int64_t rows, int64_t width, F* const* to, double* norms) {
+            width == 8 ? normalise<F, 8>(from, rows, width, to, norms)
+                       : normalise<F, 0>(from, rows, width, to, norms);
         },
+        [](const AddRows<F>& block) { block.width == 8 ? add<F, 8>(block) : add<F, 0>(block); },
         through_norm<F>};
 }

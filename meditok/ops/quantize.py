@@ -19,7 +19,7 @@ from torch import Tensor
 
 from meditok import native
 from meditok.errors import DtypeError, ShapeError
-from meditok.ops import _native, reference
+from meditok.ops import _native, numpy_train, reference
 from meditok.ops._cupy import forward_strides, on_torch
 from meditok.ops._library import (
     check_float,
@@ -294,6 +294,8 @@ def vq_quantize(
     )
     if kind == "cupy":
         return on_torch(torch.ops.meditok.vq_quantize, x, codebook, mask, packed, **settings)
+    if kind == "numpy" and native.backend == "native":
+        return numpy_train.quantize(x, codebook, packed, mask, settings)
     if kind == "numpy":
         mask = None if mask is None else _tensor(mask)
         return _arrays(_quantize_composed(_tensor(x), _tensor(codebook), mask, **settings))
@@ -320,6 +322,8 @@ def vq_stats(x: Any, ids: Any, K: int) -> tuple[Any, Any]:
     check_ids(ids.clip(0), K)  # -1 is left out
     if kind == "cupy":
         return on_torch(torch.ops.meditok.vq_stats, x, ids, K)
+    if kind == "numpy" and native.backend == "native":
+        return numpy_train.stats(x, ids, K)
     if kind == "numpy":
         return _arrays(reference.vq_stats(_tensor(x), _tensor(ids), K))
     return torch.ops.meditok.vq_stats(x, ids, K)
@@ -360,6 +364,8 @@ def vq_update_(
     if kind == "torch":
         check_same_device(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums)
         torch.ops.meditok.vq_update_(codebook, ema_counts, ema_sums, counts, sums, **settings)
+        return
+    if kind == "numpy" and numpy_train.update(codebook, (ema_counts, ema_sums, counts, sums), settings):
         return
     if kind == "cupy":
         state = [forward_strides(array) for array in (codebook, ema_counts, ema_sums)]

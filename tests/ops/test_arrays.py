@@ -77,6 +77,10 @@ def test_numpy_never_goes_through_torch(monkeypatch):
     monkeypatch.setattr(torch, "tensor", refuse)
     ids = ops.vq_assign(X, CODEBOOK)
     assert ops.vq_lookup(ids, CODEBOOK).shape == X.shape
+    z, ids, loss, counts = ops.vq_quantize(X, CODEBOOK, mask=np.arange(40) % 2 == 0)
+    state = CODEBOOK.copy(), np.ones((2, 100), np.float32), CODEBOOK.copy()
+    ops.vq_update_(*state, *ops.vq_stats(X, ids, 100), decay=0.5, eps=1e-5)
+    assert z.dtype == X.dtype and type(loss) is np.float32 and counts.sum() == 40
 
 
 def test_training_ops_and_attention_take_numpy():
@@ -89,6 +93,33 @@ def test_training_ops_and_attention_take_numpy():
     np.testing.assert_allclose(np.linalg.norm(codebook, axis=-1), 1, rtol=1e-5)
     q = X.reshape(1, 40, 2, 8).transpose(0, 2, 1, 3)
     assert type(ops.attention(q, q, q)) is np.ndarray
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_numpy_training_gives_the_bits_of_torch(metric):
+    """Reversed and column-major arrays through the training ops, the EMA in place on a strided view; state of
+    other types goes through the reference; read-only state is refused."""
+    x, codebook, mask = X[::-1, :, ::-1], np.asfortranarray(CODEBOOK), np.arange(80)[::-2] % 3 > 0
+    settings = dict(metric=metric, rotation=True)
+    found = ops.vq_quantize(x, codebook, mask=mask, **settings)
+    tensors = (torch.tensor(array.copy()) for array in (x, codebook, mask))
+    expected = ops.vq_quantize(*(inputs := list(tensors))[:2], mask=inputs[2], **settings)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b.numpy())
+    for dtype in (np.float32, np.float64):
+        counts, sums = ops.vq_stats(x, found[1][::-1][::-1], 100)
+        wide = np.ones((2, 200, 8), dtype)
+        wide[:, ::2] = CODEBOOK
+        state = wide[:, ::2], np.ones((2, 100), dtype), CODEBOOK.astype(dtype)
+        wanted = [torch.tensor(array.copy()) for array in state]
+        ops.vq_update_(*state, counts, sums, decay=0.5, eps=1e-5, metric=metric)
+        ops.vq_update_(*wanted, torch.tensor(counts), torch.tensor(sums), decay=0.5, eps=1e-5, metric=metric)
+        for a, b in zip(state, wanted, strict=True):
+            np.testing.assert_array_equal(a, b.numpy())
+        assert (wide[:, 1::2] == 1).all()
+    state[0].flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        ops.vq_update_(*state, counts, sums, decay=0.5, eps=1e-5, metric=metric)
 
 
 def test_mixed_kinds_and_wrong_ids():
