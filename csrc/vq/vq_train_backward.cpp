@@ -1,8 +1,7 @@
 // vq_quantize_backward on CPU, in three steps:
-//   codes   group by group: the codes some row has, as vq_lookup gives them, and their norms
+//   codes   rows sorted by code; the codes that have rows as vq_lookup gives them, and their norms
 //   rows    block of rows by block: the gradient to x, and 1 / |x| of each row
-//   sums    group by group, wide codes in slices of columns: e - x_hat of its rows added to each code in the order of
-//           the rows, then taken through the normalisation
+//   sums    code by code: e - x_hat of its rows added up in their order, then taken through the normalisation
 // Nobody adds to another's sum, so no thread count changes a bit.
 
 #include <cstring>
@@ -16,7 +15,6 @@ namespace meditok {
 
 namespace {
 
-constexpr int64_t kSliceColumns = 64;
 constexpr int kBatch = 64;  // rows or codes handed to a loop at once
 
 template <class T>
@@ -27,9 +25,12 @@ class Backward {
     Backward(const QuantizeBackwardParams& params, int threads)
         : params_(params),
           codebook_(params.codebook),
-          threads_(threads),
           cosine_(params.metric == Metric::kCosine),
-          kernels_(train_kernels().of(F{})) {
+          kernels_(train_kernels().of(F{})),
+          workers_(
+              worth_threads(static_cast<double>(params.rows * codebook_.groups * codebook_.width), threads)),
+          sorted_(params.ids, params.ids_strides[0], params.ids_strides[1], params.mask, params.mask_stride,
+                  params.rows, codebook_.groups, codebook_.codes, workers_) {
         const double elements = static_cast<double>(used_rows(params.mask, params.mask_stride, params.rows)) *
                                 static_cast<double>(codebook_.groups * codebook_.width);
         step_ = 2.0 * static_cast<double>(*params.grad_loss) / (elements > 1.0 ? elements : 1.0);
@@ -55,7 +56,6 @@ class Backward {
 
     void prepare_codes() {
         const int64_t groups = codebook_.groups, codes = codebook_.codes, width = codebook_.width;
-        used_.assign(static_cast<size_t>(groups * codes), 0);
         const bool in_place =
             std::is_same<T, F>::value && !cosine_ && (codebook_.column_stride == 1 || width <= 1);
         if (in_place) {
@@ -69,20 +69,25 @@ class Backward {
             unit_code_ = width;
         }
         if (cosine_) norms_.reset(new double[groups * codes]);
-        parallel_for(groups, worth_threads(static_cast<double>(params_.rows * groups), threads_),
-                     [&](int, int64_t group) {
-                         unsigned char* used = used_.data() + group * codes;
-                         for (int64_t row = 0; row < params_.rows; ++row) {
-                             const int64_t code = id(row, group);
-                             if (code >= 0) used[code] = 1;
-                         }
-                         if (in_place) return;
-                         Batch batch;
-                         for (int64_t code = 0; code < codes; ++code) {
-                             if (used[code]) batch.code[batch.count++] = code;
-                             if (batch.count == kBatch || code == codes - 1) copy_codes(group, batch);
-                         }
-                     });
+        if (in_place) return;
+        for_codes([&](int, int64_t group, int64_t first, int64_t last) {
+            Batch batch;
+            for (int64_t code = first; code < last; ++code) {
+                if (sorted_.count(group, code) > 0) batch.code[batch.count++] = code;
+            }
+            copy_codes(group, batch);
+        });
+    }
+
+    // body(participant, group, first, last) for pieces of at most kCodesAtOnce codes.
+    template <class Body>
+    void for_codes(Body&& body) {
+        const int64_t codes = codebook_.codes, chunks = (codes + kCodesAtOnce - 1) / kCodesAtOnce;
+        parallel_for(codebook_.groups * chunks, workers_, [&](int participant, int64_t item) {
+            const int64_t first = item % chunks * kCodesAtOnce;
+            body(participant, item / chunks, first,
+                 first + kCodesAtOnce < codes ? first + kCodesAtOnce : codes);
+        });
     }
 
     struct Batch {
@@ -94,8 +99,8 @@ class Backward {
     void copy_codes(int64_t group, Batch& batch) {
         const int64_t width = codebook_.width;
         const T* codes = static_cast<const T*>(codebook_.data) + group * codebook_.group_stride;
-        const F* from[kBatch];
-        F* to[kBatch];
+        const F* from[kBatch] = {};
+        F* to[kBatch] = {};
         double norms[kBatch];
         for (int i = 0; i < batch.count; ++i) {
             to[i] = unit_copy_.get() + group * unit_group_ + batch.code[i] * unit_code_;
@@ -127,8 +132,7 @@ class Backward {
         const int64_t groups = codebook_.groups, width = codebook_.width, rows = params_.rows;
         const int64_t at_once = rows_at_once(width);
         const int64_t blocks = (rows + at_once - 1) / at_once;
-        const int workers =
-            participants(blocks, worth_threads(static_cast<double>(rows * groups * width), threads_));
+        const int workers = participants(blocks, workers_);
         const int64_t scratch_elements = (3 * at_once + 1) * width;
         std::vector<F> scratch(static_cast<size_t>(workers * scratch_elements));
         if (cosine_) inverse_.reset(new double[rows * groups]);
@@ -155,6 +159,8 @@ class Backward {
         for (int64_t r = 0; r < count; ++r) {
             const int64_t k = id(begin + r, group);
             code[r] = k >= 0 ? unit(group, k) : k == kMasked ? nullptr : nans;
+            __builtin_prefetch(
+                code[r]);  // rows of codes lie anywhere: all of a block are fetched before one is used
         }
         T* out = static_cast<T*>(params_.grad_x) + (begin * groups + group) * width;
         F* wide = scratch + 2 * at_once * width;
@@ -175,93 +181,75 @@ class Backward {
     }
 
     void sum_codes() {
-        const int64_t groups = codebook_.groups, codes = codebook_.codes, width = codebook_.width;
-        std::unique_ptr<F[]> copy;
-        F* sums;
-        if constexpr (std::is_same<T, F>::value) {
-            sums = static_cast<F*>(params_.grad_codebook);
-        } else {
-            copy.reset(new F[groups * codes * width]);
-            sums = copy.get();
-        }
-        const int64_t slices = (width + kSliceColumns - 1) / kSliceColumns;
-        const int workers = worth_threads(static_cast<double>(params_.rows * groups * width), threads_);
-        parallel_for(groups * slices, workers, [&](int, int64_t item) {
-            const int64_t group = item / slices, first = item % slices * kSliceColumns;
-            const int64_t count = first + kSliceColumns < width ? kSliceColumns : width - first;
-            F* group_sums = sums + group * codes * width;
-            add_slice(group, first, count, group_sums + first);
-            if (slices == 1) finish_group(group, group_sums);
-        });
-        if (slices == 1) return;
-        parallel_for(groups, workers,
-                     [&](int, int64_t group) { finish_group(group, sums + group * codes * width); });
-    }
-
-    // sums[k] = sum of e - x_hat over the rows with id k, for columns first .. first + count - 1.
-    void add_slice(int64_t group, int64_t first, int64_t count, F* sums) {
-        const int64_t codes = codebook_.codes, width = codebook_.width;
-        if (count == width) {
-            std::memset(sums, 0, static_cast<size_t>(codes * width) * sizeof(F));
-        } else {
-            for (int64_t code = 0; code < codes; ++code) {
-                std::memset(sums + code * width, 0, static_cast<size_t>(count) * sizeof(F));
-            }
-        }
-        const int64_t* xs = params_.x_strides;
-        const T* x = static_cast<const T*>(params_.x) + group * xs[1] + first * xs[2];
-        F scratch[kBatch * kSliceColumns];
-        const F* from[kBatch];
-        const F* codes_of[kBatch];
-        F* sums_of[kBatch];
-        double scale[kBatch];
-        int held = 0;
-        for (int64_t row = 0; row < params_.rows; ++row) {
-            const int64_t code = id(row, group);
-            if (code >= 0) {
-                from[held] =
-                    contiguous_rows(x + row * xs[0], 0, xs[2], 1, count, scratch + held * kSliceColumns).data;
-                scale[held] = cosine_ ? inverse_[row * codebook_.groups + group] : 1.0;
-                codes_of[held] = unit(group, code) + first;
-                sums_of[held++] = sums + code * width;
-            }
-            if (held == kBatch || row == params_.rows - 1) {
-                kernels_.add({held, count, from, scale, codes_of, sums_of});
-                held = 0;
-            }
-        }
-    }
-
-    void finish_group(int64_t group, F* sums) {
-        const int64_t codes = codebook_.codes, width = codebook_.width;
-        const double factor = params_.codebook_weight * step_;
-        for (int64_t code = 0; code < codes; ++code) {
-            F* sum = sums + code * width;
-            if (used_[group * codes + code]) {
-                if (cosine_) {
-                    kernels_.through_norm(sum, factor, unit(group, code), norms_[group * codes + code], width,
-                                          sum);
-                } else {
-                    for (int64_t i = 0; i < width; ++i) sum[i] = static_cast<F>(sum[i] * factor);
+        const int64_t width = codebook_.width;
+        // Rows to copy where they cannot be read in place, and the sum of one code.
+        const int64_t at_once = rows_at_once(width), elements = (at_once + 1) * width;
+        std::vector<F> scratch(
+            static_cast<size_t>(participants(codebook_.groups * codebook_.codes, workers_) * elements));
+        for_codes([&](int participant, int64_t group, int64_t first, int64_t last) {
+            F* rows = scratch.data() + participant * elements;
+            T* out = static_cast<T*>(params_.grad_codebook) + (group * codebook_.codes + first) * width;
+            std::memset(static_cast<void*>(out), 0, static_cast<size_t>((last - first) * width) * sizeof(T));
+            fetch(group, first, last);
+            for (int64_t code = first; code < last; ++code, out += width) {
+                if (sorted_.count(group, code) == 0) continue;
+                F* sum = rows + at_once * width;
+                if constexpr (std::is_same<T, F>::value) sum = out;
+                sum_code(group, code, at_once, rows, sum);
+                if constexpr (!std::is_same<T, F>::value) {
+                    for (int64_t i = 0; i < width; ++i) from_double(sum[i], out[i]);
                 }
             }
-            if constexpr (!std::is_same<T, F>::value) {
-                T* out = static_cast<T*>(params_.grad_codebook) + (group * codes + code) * width;
-                for (int64_t i = 0; i < width; ++i) from_double(sum[i], out[i]);
+        });
+    }
+
+    // The rows of these codes lie anywhere: the first of them start their way into the cache.
+    void fetch(int64_t group, int64_t first, int64_t last) const {
+        const T* x = static_cast<const T*>(params_.x) + group * params_.x_strides[1];
+        const uint32_t* row = sorted_.begin(group, first);
+        const uint32_t* end = sorted_.begin(group, last - 1) + sorted_.count(group, last - 1);
+        if (end - row > 2 * kBatch) end = row + 2 * kBatch;
+        for (; row < end; ++row) {
+            __builtin_prefetch(x + *row * params_.x_strides[0]);
+            if (cosine_) __builtin_prefetch(inverse_.get() + *row * codebook_.groups + group);
+        }
+    }
+
+    void sum_code(int64_t group, int64_t code, int64_t at_once, F* scratch, F* sum) {
+        const int64_t width = codebook_.width, count = sorted_.count(group, code);
+        const int64_t* xs = params_.x_strides;
+        const T* x = static_cast<const T*>(params_.x) + group * xs[1];
+        const uint32_t* rows = sorted_.begin(group, code);
+        const F* from[kBatch];
+        double scale[kBatch];
+        for (int64_t done = 0; done < count; done += at_once) {
+            const int64_t held = count - done < at_once ? count - done : at_once;
+            for (int64_t i = 0; i < held; ++i) {
+                const int64_t row = rows[done + i];
+                from[i] = contiguous_rows(x + row * xs[0], 0, xs[2], 1, width, scratch + i * width).data;
+                scale[i] = cosine_ ? inverse_[row * codebook_.groups + group] : 1.0;
             }
+            kernels_.add(from, scale, held, width, unit(group, code), done == 0, sum);
+        }
+        const double factor = params_.codebook_weight * step_;
+        if (cosine_) {
+            kernels_.through_norm(sum, factor, unit(group, code), norms_[group * codebook_.codes + code],
+                                  width, sum);
+        } else {
+            for (int64_t i = 0; i < width; ++i) sum[i] = static_cast<F>(sum[i] * factor);
         }
     }
 
     static constexpr int64_t kNowhere = -1, kMasked = -2;
     const QuantizeBackwardParams& params_;
     const Codebook& codebook_;
-    const int threads_;
     const bool cosine_;
     const RowKernels<F> kernels_;
-    double step_;                      // 2 grad_loss / elements
-    std::vector<unsigned char> used_;  // (groups, codes)
-    std::unique_ptr<F[]> unit_copy_;   // (groups, codes, width) rows of vq_lookup, of used codes only
-    const F* units_ = nullptr;         // those, or the codebook itself
+    const int workers_;
+    const RowsByCode sorted_;
+    double step_;                     // 2 grad_loss / elements
+    std::unique_ptr<F[]> unit_copy_;  // (groups, codes, width) rows of vq_lookup, of used codes only
+    const F* units_ = nullptr;        // those, or the codebook itself
     int64_t unit_group_ = 0, unit_code_ = 0;
     std::unique_ptr<double[]> norms_;    // (groups, codes) of used codes, cosine only
     std::unique_ptr<double[]> inverse_;  // (rows, groups) 1 / max(|x|, 1e-12), cosine only

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "common/dtype.h"
 #include "vq/vq_train.h"
@@ -17,6 +18,25 @@ TrainKernels train_kernels();
 // ids (rows, groups) -> counts (groups, codes); ids outside 0..codes-1 are not counted.
 void count_ids(const int64_t* ids, int64_t row_stride, int64_t group_stride, int64_t rows, int64_t groups,
                int64_t codes, int64_t* counts, int threads);
+
+// The rows of each code in rising order: what a sum over them goes through, whoever makes it. Rows with an id outside
+// 0..codes-1 and masked rows belong to none.
+class RowsByCode {
+  public:
+    RowsByCode(const int64_t* ids, int64_t row_stride, int64_t group_stride, const unsigned char* mask,
+               int64_t mask_stride, int64_t rows, int64_t groups, int64_t codes, int threads);
+
+    const uint32_t* begin(int64_t group, int64_t code) const { return rows_of(group) + start(group)[code]; }
+    int64_t count(int64_t group, int64_t code) const { return start(group)[code + 1] - start(group)[code]; }
+
+  private:
+    const uint32_t* rows_of(int64_t group) const { return order_.get() + group * rows_; }
+    const uint32_t* start(int64_t group) const { return start_.data() + group * (codes_ + 1); }
+
+    int64_t rows_, codes_;
+    std::unique_ptr<uint32_t[]> order_;  // (groups, rows)
+    std::vector<uint32_t> start_;        // (groups, codes + 1)
+};
 
 // What rows of T are computed in.
 template <class T>
@@ -54,6 +74,8 @@ inline RowView<Wide<T>> contiguous_rows(const T* data, int64_t row_stride, int64
 
 // Rows handled together: few enough for scratch to stay in the first-level cache, one at least.
 constexpr int64_t kScratchElements = 2048;
+
+constexpr int64_t kCodesAtOnce = 64;  // codes to an item of work
 
 inline int64_t rows_at_once(int64_t width) {
     const int64_t rows = kScratchElements / (width > 0 ? width : 1);

@@ -97,6 +97,7 @@ class Finish {
                                     .data
                       : masked(begin + r) ? zeros
                                           : nans;
+            __builtin_prefetch(code[r]);
         }
         T* z = static_cast<T*>(params_.z) + (begin * groups + group) * width;
         F* z_rows = z_scratch;

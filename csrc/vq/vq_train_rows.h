@@ -25,16 +25,6 @@ struct BackwardRows {
     int64_t inverse_stride;
 };
 
-// sum[r] += code[r] - x[r] scale[r], the difference rounded to F, row after row.
-template <class F>
-struct AddRows {
-    int64_t rows, width;
-    const F* const* x;
-    const double* scale;
-    const F* const* code;
-    F* const* sum;
-};
-
 template <class F>
 struct RowKernels {
     // sum of x_i^2
@@ -48,7 +38,9 @@ struct RowKernels {
     void (*backward)(const BackwardRows<F>& block);
     // to[r] = F(from[r] / norms[r]), norms[r] = max(|from[r]|, 1e-12); to[r] may be from[r].
     void (*normalise)(const F* const* from, int64_t rows, int64_t width, F* const* to, double* norms);
-    void (*add)(const AddRows<F>& block);
+    // sum += code - x[r] scale[r], the difference and the sum rounded to F, row after row; from 0 if it begins.
+    void (*add)(const F* const* x, const double* scale, int64_t rows, int64_t width, const F* code,
+                bool begins, F* sum);
     // out = factor * sum taken through the normalisation of a code of this norm; sum may be out.
     void (*through_norm)(const F* sum, double factor, const F* unit, double norm, int64_t width, F* out);
 };

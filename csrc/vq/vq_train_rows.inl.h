@@ -223,20 +223,33 @@ void normalise(const F* const* from, int64_t rows, int64_t given, F* const* to, 
 }
 
 template <class F, int W>
-void add(const AddRows<F>& block) {
-    const int64_t width = W > 0 ? W : block.width;
-    for (int64_t row = 0; row < block.rows; ++row) {
-        const F *x = block.x[row], *code = block.code[row];
-        F* sum = block.sum[row];
-        const Four scale = fill(block.scale[row]);
-        columns<F>(width, [&](int64_t, auto at) __attribute__((always_inline)) {
-            at.put(sum, at(sum) + rounded<F>(at(code) - at(x) * scale));
+void add(const F* const* x, const double* scale, int64_t rows, int64_t given, const F* code, bool begins,
+         F* sum) {
+    if (W > 0) {  // columns in registers, the same additions
+        columns<F>(W, [&](int64_t, auto at) __attribute__((always_inline)) {
+            const Four unit = at(code);
+            Four total = begins ? fill(0.0) : at(sum);
+            for (int64_t row = 0; row < rows; ++row) {
+                total = rounded<F>(total + rounded<F>(unit - at(x[row]) * fill(scale[row])));
+            }
+            at.put(sum, total);
+        });
+        return;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        const F* from = x[row];
+        const Four factor = fill(scale[row]);
+        const bool empty = begins && row == 0;
+        columns<F>(given, [&](int64_t, auto at) __attribute__((always_inline)) {
+            const Four before = empty ? fill(0.0) : at(sum);
+            at.put(sum, before + rounded<F>(at(code) - at(from) * factor));
         });
     }
 }
 
-template <class F>
-void through_norm(const F* sum, double factor, const F* unit, double norm, int64_t width, F* out) {
+template <class F, int W>
+void through_norm(const F* sum, double factor, const F* unit, double norm, int64_t given, F* out) {
+    const int64_t width = W > 0 ? W : given;
     const Four scale = fill(factor / norm);
     Sum along;
     columns<F>(width,
@@ -269,6 +282,13 @@ RowKernels<F> row_kernels() {
             width == 8 ? normalise<F, 8>(from, rows, width, to, norms)
                        : normalise<F, 0>(from, rows, width, to, norms);
         },
-        [](const AddRows<F>& block) { block.width == 8 ? add<F, 8>(block) : add<F, 0>(block); },
-        through_norm<F>};
+        [](const F* const* x, const double* scale, int64_t rows, int64_t width, const F* code, bool begins,
+           F* sum) {
+            width == 8 ? add<F, 8>(x, scale, rows, width, code, begins, sum)
+                       : add<F, 0>(x, scale, rows, width, code, begins, sum);
+        },
+        [](const F* sum, double factor, const F* unit, double norm, int64_t width, F* out) {
+            width == 8 ? through_norm<F, 8>(sum, factor, unit, norm, width, out)
+                       : through_norm<F, 0>(sum, factor, unit, norm, width, out);
+        }};
 }

@@ -1,11 +1,11 @@
-// vq_stats and vq_update on CPU: loops over float32 in the order vq_train.h states, group by group, wide rows in
-// slices of columns. A block's partial sums are kept for the codes it touches only: adding the zeros of the others
-// would change nothing.
+// vq_stats and vq_update on CPU. The rows are sorted by their codes, which keeps their order, and each code sums its own
+// as vq_train.h states: whoever does it and however many, the bits are the same, and every row is read once.
 
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "common/check.h"
 #include "common/threads.h"
 #include "vq/vq_train_cpu.h"
 
@@ -23,45 +23,61 @@ void count_ids(const int64_t* ids, int64_t row_stride, int64_t group_stride, int
     });
 }
 
+RowsByCode::RowsByCode(const int64_t* ids, int64_t row_stride, int64_t group_stride,
+                       const unsigned char* mask, int64_t mask_stride, int64_t rows, int64_t groups,
+                       int64_t codes, int threads)
+    : rows_(rows),
+      codes_(codes),
+      order_(new uint32_t[static_cast<size_t>(groups * rows)]),
+      start_(static_cast<size_t>(groups * (codes + 1)), 0) {
+    require(rows < (int64_t{1} << 32), "fewer than 2^32 rows fit into one call; split them");
+    parallel_for(groups, threads, [&](int, int64_t group) {
+        // start[k + 1] counts the rows of k, then says where the next one goes, and in the end where they stop.
+        uint32_t* next = start_.data() + group * (codes + 1) + 1;
+        auto code_of = [&](int64_t row) -> int64_t {
+            const int64_t id = ids[row * row_stride + group * group_stride];
+            const bool used = mask == nullptr || mask[row * mask_stride] != 0;
+            return used && id >= 0 && id < codes ? id : -1;
+        };
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t code = code_of(row);
+            if (code >= 0) ++next[code];
+        }
+        uint32_t before = 0;
+        for (int64_t code = 0; code < codes; ++code) {
+            const uint32_t count = next[code];
+            next[code] = before;
+            before += count;
+        }
+        uint32_t* order = order_.get() + group * rows;
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t code = code_of(row);
+            if (code >= 0) order[next[code]++] = static_cast<uint32_t>(row);
+        }
+    });
+}
+
 namespace {
 
-constexpr int64_t kSliceColumns = 64;
-
 template <class T>
-void sum_slice(const StatsParams& params, int64_t group, int64_t first, int64_t count) {
-    const int64_t width = params.width, codes = params.codes;
-    float* sums = params.sums + group * codes * width + first;
-    for (int64_t code = 0; code < codes; ++code) {
-        std::memset(sums + code * width, 0, static_cast<size_t>(count) * sizeof(float));
-    }
-    std::vector<int32_t> slot(static_cast<size_t>(codes),
-                              -1);  // of a code in `partial`, -1: not in this block
-    std::vector<int64_t> touched;
-    std::vector<float> partial;
-    const T* x = static_cast<const T*>(params.x) + group * params.x_strides[1] + first * params.x_strides[2];
-    for (int64_t begin = 0; begin < params.rows; begin += kStatsRows) {
-        const int64_t end = begin + kStatsRows < params.rows ? begin + kStatsRows : params.rows;
-        for (int64_t row = begin; row < end; ++row) {
-            const int64_t id = params.ids[row * params.ids_strides[0] + group * params.ids_strides[1]];
-            if (id < 0 || id >= codes) continue;
-            if (slot[id] < 0) {
-                slot[id] = static_cast<int32_t>(touched.size());
-                touched.push_back(id);
-                partial.resize(touched.size() * static_cast<size_t>(count), 0.0f);
-            }
-            float* sum = partial.data() + slot[id] * count;
-            const T* from = x + row * params.x_strides[0];
-            for (int64_t i = 0; i < count; ++i) {
-                sum[i] += static_cast<float>(to_double(from[i * params.x_strides[2]]));
+void sum_code(const StatsParams& params, const uint32_t* rows, int64_t count, const T* x, float* partial,
+              float* sum) {
+    const int64_t width = params.width, row_stride = params.x_strides[0], column_stride = params.x_strides[2];
+    std::memset(sum, 0, static_cast<size_t>(width) * sizeof(float));
+    for (int64_t i = 0; i < count;) {
+        const int64_t block = rows[i] / kStatsRows;
+        std::memset(partial, 0, static_cast<size_t>(width) * sizeof(float));
+        for (; i < count && rows[i] / kStatsRows == block; ++i) {
+            const T* from = x + rows[i] * row_stride;
+            if (column_stride == 1) {
+                for (int64_t c = 0; c < width; ++c) partial[c] += static_cast<float>(to_double(from[c]));
+            } else {
+                for (int64_t c = 0; c < width; ++c) {
+                    partial[c] += static_cast<float>(to_double(from[c * column_stride]));
+                }
             }
         }
-        for (size_t i = 0; i < touched.size(); ++i) {
-            float* sum = sums + touched[i] * width;
-            for (int64_t column = 0; column < count; ++column) sum[column] += partial[i * count + column];
-            slot[touched[i]] = -1;
-        }
-        touched.clear();
-        partial.clear();
+        for (int64_t c = 0; c < width; ++c) sum[c] += partial[c];
     }
 }
 
@@ -115,16 +131,25 @@ void update_group(const UpdateParams& params, int64_t group) {
 }  // namespace
 
 void vq_stats_cpu(const StatsParams& params, int threads) {
-    const int workers =
-        worth_threads(static_cast<double>(params.rows * params.groups * (params.width + 1)), threads);
-    count_ids(params.ids, params.ids_strides[0], params.ids_strides[1], params.rows, params.groups,
-              params.codes, params.counts, workers);
-    const int64_t slices = (params.width + kSliceColumns - 1) / kSliceColumns;
+    const int64_t groups = params.groups, codes = params.codes, width = params.width;
+    const int workers = worth_threads(static_cast<double>(params.rows * groups * (width + 1)), threads);
+    const RowsByCode sorted(params.ids, params.ids_strides[0], params.ids_strides[1], nullptr, 0, params.rows,
+                            groups, codes, workers);
+    const int64_t chunks = (codes + kCodesAtOnce - 1) / kCodesAtOnce;
+    const int hands = participants(groups * chunks, workers);
+    std::vector<float> partial(static_cast<size_t>(hands * width));
     for_dtype(params.type, [&](auto element) {
-        parallel_for(params.groups * slices, workers, [&](int, int64_t item) {
-            const int64_t first = item % slices * kSliceColumns;
-            const int64_t count = first + kSliceColumns < params.width ? kSliceColumns : params.width - first;
-            sum_slice<decltype(element)>(params, item / slices, first, count);
+        using T = decltype(element);
+        parallel_for(groups * chunks, hands, [&](int participant, int64_t item) {
+            const int64_t group = item / chunks, first = item % chunks * kCodesAtOnce;
+            const int64_t last = first + kCodesAtOnce < codes ? first + kCodesAtOnce : codes;
+            const T* x = static_cast<const T*>(params.x) + group * params.x_strides[1];
+            for (int64_t code = first; code < last; ++code) {
+                const int64_t count = sorted.count(group, code), at = group * codes + code;
+                params.counts[at] = count;
+                sum_code(params, sorted.begin(group, code), count, x, partial.data() + participant * width,
+                         params.sums + at * width);
+            }
         });
     });
 }
