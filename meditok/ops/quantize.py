@@ -151,6 +151,7 @@ def _update_native(
         return
     settings.setdefault("metric", "cosine")
     _native.update(codebook, ema_counts, ema_sums, counts, sums, settings, _scratch(codebook))
+    torch.autograd.graph.increment_version((codebook, ema_counts, ema_sums))  # autograd does not see the pointers
 
 
 def _kernel_takes(*tensors: Tensor) -> bool:
