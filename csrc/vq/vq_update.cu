@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     rows_kernel(const __grid_constant__ UpdateParams params, Scratch scratch) {
     if (*scratch.any == 0) return;
     const int lane = threadIdx.x % kLanes;
