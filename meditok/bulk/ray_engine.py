@@ -20,7 +20,9 @@ from .folder import StoreFolder
 from .plan import Shard
 from .run import Listener, Part, Result, Seconds, Work, run_shards
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a run leaves the cluster
+# Nothing about a run leaves the cluster, and its own log lines are not ours.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 
 class Ray(Engine):
@@ -56,6 +58,7 @@ def _through_ray(shards, work, target, listener, recipe, on_error) -> Seconds:
     import ray
 
     started, seconds = time.perf_counter(), Seconds(threads=1)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

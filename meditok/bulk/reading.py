@@ -92,8 +92,6 @@ class Reader:
         yield Item(end=end)
 
     def _items(self, source: Source) -> Iterator[Item]:
-        from ..data import fit
-
         failed: set[str] = set()
         several = len(getattr(source, "names", ())) > 1
         for row in source.rows():
@@ -104,7 +102,7 @@ class Reader:
             if error is None:
                 extra = {column: _text(row.columns.get(column)) for column in self.columns}
                 try:
-                    fitted = fit(row.image, self.size, self.fit, multiple=PATCH)
+                    fitted = fitted_to(row.image, row.path, self.size, self.fit)
                 except MeditokError as problem:
                     error = problem
             if error is not None:
@@ -116,6 +114,16 @@ class Reader:
             for image in fitted:
                 described = describe(image, row.name, self.namer, extra)
                 yield Item(name, row.path, image.pixels, described, tuple(image.warnings))
+
+
+def fitted_to(image: MedicalImage, path: str, size: int, mode: str) -> list[MedicalImage]:
+    """Pictures of size x size made from `image`, see data.fit; what that refuses, it refuses naming the file."""
+    from ..data import fit
+
+    try:
+        return fit(image, size, mode, multiple=PATCH)
+    except MeditokError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def describe(image: MedicalImage, row_name: str, namer: Namer, extra: dict | None = None) -> Description:

@@ -114,7 +114,8 @@ def run_guarded(call: Callable[[], int | None]) -> int:
             where = f" (see {context.command_path} --help)" if context else ""
             return _fail(error, error.format_message().rstrip(".") + where, UsageError.exit_code)
         except (KeyboardInterrupt, click.Abort) as interruption:
-            click.echo(f"meditok: interrupted; {interruption or 'nothing unfinished was kept'}", err=True)
+            kept = str(interruption) or str(interruption.__cause__ or "")  # click puts its own in place of Python's
+            click.echo(f"meditok: interrupted; {kept or 'nothing unfinished was kept'}", err=True)
             return INTERRUPTED
         except BrokenPipeError:
             # Whoever read stdout has left; what Python still flushes at exit goes nowhere.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .console import console, write_json
 
 if TYPE_CHECKING:
-    from ..data import Discovery, MedicalImage, Source
+    from ..data import Discovery, Source
     from ..tokens.keys import Namer
     from .jobs import Job
 
@@ -40,12 +41,10 @@ class Probe:
     mode: str = "pad"
 
     def __call__(self, source: Source) -> Iterator[list[dict]]:
-        yield source.probe(self._fit if self.size else None)
+        from ..bulk.reading import fitted_to
 
-    def _fit(self, image: MedicalImage) -> None:
-        from ..data import fit
-
-        fit(image, self.size, self.mode)
+        check = partial(fitted_to, size=self.size, mode=self.mode) if self.size else None
+        yield source.probe(check)
 
 
 def scan(found: Discovery, probe: Probe | None = None) -> list[dict]:

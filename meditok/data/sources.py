@@ -117,10 +117,10 @@ class Source:
             return 1  # reading it tells why
         return (reader.frames if wanted is None else 1) * tiles(reader.height, reader.width)
 
-    def probe(self, check: Callable[[MedicalImage], object] | None = None) -> list[dict]:
+    def probe(self, check: Callable[[MedicalImage, str], object] | None = None) -> list[dict]:
         """What `inspect` and a dry run tell: one record per file of this source, pixels read but not kept.
 
-        `check` is called with every picture and may raise the error that a run would.
+        `check` is called with every picture and its path and may raise the error that a run would.
 
         Keys: name, path, modality, syntax, height, width, frames, window, low, high, unit, steps, warnings,
         and, for a file that would fail, error (its message), error_type and exit_code.
@@ -149,7 +149,7 @@ class Source:
             image, error = row.image, row.error
             if check is not None and error is None:
                 try:
-                    check(image)
+                    check(image, row.path)
                 except MeditokError as problem:
                     error = problem
             if error is not None:
