@@ -18,7 +18,8 @@ from .scan import rehearse
     "tokenize",
     help="Turn images into tokens. IN: files, folders, globs, a CSV or Parquet "
     "manifest, or WebDataset tars. OUT: one file if it ends in .parquet, else a folder of parts; "
-    "the same command again finishes a folder that was interrupted.",
+    "the same command again finishes a folder that was interrupted. Ctrl-C and SIGTERM keep finished parts and exit "
+    "with 130.",
 )
 @click.argument("inputs", nargs=-1, required=True, metavar="IN...")
 @click.option("-o", "--output", "out", metavar="OUT", help="Parquet file, folder, or - for stdout.")
