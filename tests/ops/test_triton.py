@@ -98,7 +98,7 @@ def test_adversarial_codebooks_and_near_ties(tmp_path, metric):
     x = torch.cat([ordinary, torch.zeros(1, 1, 8), broken, *extreme]).expand(-1, len(codebooks), -1)
     cases = {
         ", ".join(codebooks): (x, torch.cat(list(codebooks.values())), None, metric),
-        "beyond float32": (x.double() * 1e200, randn(len(codebooks), 9, 8).double() * 1e-170, None, metric),
+        "beyond float32": (x[:, :1].double() * 1e200, randn(1, 9, 8).double() * 1e-170, None, metric),
     }
     for seed in range(2):
         near, codes = near_ties(150, 8, seed)
