@@ -60,9 +60,8 @@ def main() -> None:
         found = interleave(candidates, options.rounds)
     tokens = options.rows * 2048
     for name, (p20, p50, p80) in found.items():
-        print(
-            f"{name:<36} {tokens / p50 / 1e6:8.1f} million tokens/s  (p20 {p20:.3f} s, p50 {p50:.3f} s, p80 {p80:.3f} s)"
-        )
+        times = f"p20 {p20:.3f} s, p50 {p50:.3f} s, p80 {p80:.3f} s"
+        print(f"{name:<36} {tokens / p50 / 1e6:8.1f} million tokens/s  ({times})")
 
 
 if __name__ == "__main__":
