@@ -36,11 +36,20 @@ SPILL_FREE = (
     "codes_kernel",
     "any_kernel",
     "counts_kernel",
+    "find_copies_kernel",
     "template_op_kernel",
 )
 # CMake's name -> cubin architecture; "virtual" ones are PTX.
 DEFAULT_ARCHITECTURES = {"sm_75", "sm_80", "sm_90a", "sm_100", "sm_120"}
 DEFAULT_PTX = {"sm_80"}
+# Products of the assign kernels for width 8 and for large widths, and the three-way maximum where there is one.
+PRODUCTS = {
+    "sm_75": ("HMMA.1688.F32", "HMMA.1688.F32", None),
+    "sm_80": ("HMMA.1688.F32", "HMMA.16816.F32", None),
+    "sm_90a": ("HMMA.1688.F32", "HMMA.16816.F32", "VIMNMX3"),
+    "sm_100": ("HMMA.1688.F32", "HMMA.16816.F32", "FMNMX3"),
+    "sm_120": ("HMMA.1688.F32", "HMMA.16816.F32", None),
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +70,21 @@ def module(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cuobjdump(module):
-    """cuobjdump(option) -> its output for the module; skips where there is no CUDA code or no tool."""
+    """cuobjdump(*options) -> its output for the module; skips where there is no CUDA code or no tool."""
     if b".nv_fatbin" not in module.read_bytes():
         pytest.skip(f"{module.name} was built without CUDA")
     packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
     tool = shutil.which("cuobjdump") or (str(packaged[0]) if packaged else None)
     if tool is None:
         pytest.skip("cuobjdump is not installed (pip install nvidia-cuda-cuobjdump)")
-    return lambda option: subprocess.run([tool, option, module], capture_output=True, text=True).stdout
+    # It finds nvdisasm, which prints instructions, through the path.
+    environment = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def dump(*options: str) -> str:
+        result = subprocess.run([tool, *options, module], capture_output=True, text=True, env=environment)
+        return result.stdout
+
+    return dump
 
 
 def test_nothing_of_cuda_or_torch_is_linked(module):
@@ -116,3 +132,30 @@ def test_hot_kernels_do_not_spill(cuobjdump):
         assert len(copies) >= len(DEFAULT_ARCHITECTURES), f"{kernel} is missing on some architecture"
         spilled = [entry for entry in copies if entry[2] != "0" or entry[3] != "0"]
         assert not spilled, f"{kernel} uses stack or local memory: {spilled}"
+
+
+def test_two_blocks_of_the_assign_kernels_fit_a_multiprocessor(cuobjdump):
+    """At most 128 registers for 256 threads, for width 8 and for large widths; sm_75 has shared memory for one only."""
+    usage = cuobjdump("-res-usage")
+    for architecture, text in re.findall(r"arch = (sm_\w+)(.*?)(?=Fatbin elf code|\Z)", usage, re.DOTALL):
+        registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", text))
+        for kernel in ("assign_small_dim_kernelILi1E", "assign_large_dim_kernel"):
+            for count in (int(count) for name, count in registers.items() if kernel in name):
+                assert count <= 128 or architecture == "sm_75", f"{kernel} takes {count} registers on {architecture}"
+
+
+@pytest.mark.parametrize("architecture", sorted(DEFAULT_ARCHITECTURES))
+def test_assign_runs_on_tensor_cores(cuobjdump, architecture):
+    """The products and maxima that csrc/vq/vq_cuda.cpp promises are in the machine code, and no local memory is."""
+    small, large, maximum = PRODUCTS[architecture]
+    text = cuobjdump("-sass", "-arch", architecture)
+    if "Function" not in text:
+        pytest.skip("nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)")
+    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.DOTALL))
+    (narrow,) = (code for name, code in functions.items() if "assign_small_dim_kernelILi1E" in name)
+    (wide,) = (code for name, code in functions.items() if "assign_large_dim_kernel" in name)
+    # Codes by eights: 64 rows x 32 codes in the loop, once from zero and once from a start.
+    assert narrow.count(small) == 2 * 4 * 4 and wide.count(large) >= 32 and "LDSM" in narrow and "LDSM" in wide
+    assert maximum is None or re.search(rf"\b{maximum}\b", narrow)
+    for code in (narrow, wide):
+        assert not re.search(r"\b(LDL|STL)\b", code)

@@ -1,166 +1,327 @@
-// vq_assign for widths up to 32: a thread a row, the row in registers, codes passing by through shared memory.
-//   1. Each thread scales and rounds its row to float32 and bounds its norm; NaN, zero and extreme rows leave here.
-//   2. Stages of 128 codes are copied to shared memory; eight chains of fused multiply-adds run on broadcasts.
-//   3. The largest of the eight raises the lower bound of the best score (vq_filter.h). Only an octet that reaches
-//      it is looked at code by code, and only two codes in one band are scored in float64.
-// Traffic: x once, ids once, the packed codebook once a block (from the second-level cache). Bound by multiply-adds.
+// vq_assign for widths up to 32, on tensor cores: a warp multiplies 64 rows with 8 codes at a time and keeps maxima.
+//   1. A block reads its rows once, scales them to the range of fp16 and measures what fp16 costs (vq_filter_half.h).
+//   2. Codes lie in shared memory as fp16: all of them, and the block goes on to further rows, or a stage at a time.
+//   3. Of every 128 codes, a chunk, a thread keeps one maximum a row, then the row's lower bound, its two best upper
+//      bounds, and the chunk of the best. The four threads of a row see one tile of 32 codes each.
+//   4. A tile that reaches the row's lower bound is computed again, a lane a code: its candidates join the row's list.
+//   5. One candidate is the answer, up to three are scored in float64, more are searched for in float32.
+// Traffic a row: x and the id once. The packed codebook once a block of up to 256 rows, once altogether where it stays.
+// Why so: a 16 x 8 product leaves a thread 4 sums, which take two three-way maxima where the architecture has them and
+// four two-way ones elsewhere. That costs as much as the product or more, so nothing else is done per sum: no index, no
+// bound, and no shuffle.
+// Cosine starts from zero: maxima of 0 then stand for all negative scores, and a warp that finds a row with nothing
+// better goes again with the offset that l2 always has.
 
 #include "common/check.h"
-#include "vq/vq_cuda.h"
+#include "vq/vq_small_dim_memory.cuh"
 
 namespace meditok {
 
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kStageTiles = 4;
-constexpr int kStageCodes = kStageTiles * static_cast<int>(kTileCodes);
-constexpr int kOctet = 8;
-static_assert(kTileCodes % kOctet == 0, "octets fill a tile");
+constexpr int kGoodStage = 64;  // tiles: a stage worth its barriers
 
-template <int kWidth>
-struct Stage {
-    float4 code[kStageTiles * kWidth * kTileCodes / 4];  // (tile, column, 32)
-    float bias[kStageCodes], radius[kStageCodes], reach[kStageTiles];
+// Step 3: what a thread knows of its kSlots rows.
+struct Running {
+    float lower[kSlots], first[kSlots], second[kSlots];  // L; the two largest upper bounds
+    int chunk[kSlots];                                   // of the largest
+
+    __device__ void reset() {
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+            lower[s] = first[s] = second[s] = -INFINITY;
+            chunk[s] = 0;
+        }
+    }
+
+    // L of the warp's rows to where all warps of a row meet. Without a start, maxima of 0 may stand for negative ones:
+    // then a lower bound is none unless positive. False if a row in the filter has none.
+    __device__ bool lower_of_rows(Memory memory, int first_row, bool start) {
+        const int lane = lane_id();
+        bool found = true;
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+            const int row = first_row + 8 * s + lane / 4;
+            const float largest = warp_max<4>(lower[s]);
+            const bool valid = start || largest > 0.0f;
+            if (valid && lane % 4 == 0) atomicMax(&memory.lower()[row], ordered(largest));
+            found = found && (valid || memory.count()[row] < 0);
+        }
+        return __all_sync(kAllLanes, found) != 0;
+    }
 };
-static_assert(sizeof(Stage<32>) <= 48 * 1024, "static shared memory of every architecture");
 
-template <int kWidth>
-__device__ void load_stage(Stage<kWidth>& stage, const PackedView& view, int64_t first, int count,
-                           int64_t width) {
-    float* code = reinterpret_cast<float*>(stage.code);
-    for (int i = threadIdx.x; i < count * kWidth * static_cast<int>(kTileCodes); i += kThreads) {
-        const int tile = i / (kWidth * static_cast<int>(kTileCodes)),
-                  rest = i % (kWidth * static_cast<int>(kTileCodes));
-        const int column = rest / static_cast<int>(kTileCodes);
-        code[i] = column < width ? view.tiles[(first + tile) * width * kTileCodes + rest] : 0.0f;
+template <int kSteps, bool kStart>
+__device__ __forceinline__ void multiply_chunk(Memory memory, const uint32_t (&a)[kRowTiles][2 * kSteps],
+                                               const float* alpha, float offset, int chunk,
+                                               Running& running) {
+    const int lane = lane_id(), quad = lane % 4;
+    const unsigned char* codes = memory.codes() + chunk * kChunkTiles * Width<kSteps>::kTileBytes +
+                                 lane % 8 / 2 * Width<kSteps>::kTileBytes + (lane / 8 * 2 + lane % 2) * 16;
+    const float* start = memory.start() + (chunk * kChunkTiles + quad) * kStartStride;
+    float largest[kSlots];
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) largest[s] = 0.0f;
+#pragma unroll 1
+    for (int four = 0; four < 4; ++four) {  // times four products of codes 2 n and 2 n + 1 of each tile
+        uint32_t b[kSteps][4];
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            load_matrices(b[step], codes + step * Width<kSteps>::kStepBytes + four * 128);
+        }
+        const float4 low = *reinterpret_cast<const float4*>(start + four * 8);
+        const float4 high = *reinterpret_cast<const float4*>(start + four * 8 + 4);
+        const float starts[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+            const float left = kStart ? starts[2 * n] : 0.0f, right = kStart ? starts[2 * n + 1] : 0.0f;
+            const float from[4] = {left, right, left, right};
+#pragma unroll
+            for (int tile = 0; tile < kRowTiles; ++tile) {
+                float sum[4];
+                if constexpr (kSteps == 1) {
+                    mma_k8(sum, a[tile], b[0][n], from);
+                } else {
+                    mma_k16(sum, a[tile], b[0][n], b[1][n], from);
+                }
+#pragma unroll
+                for (int step = 2; step < kSteps; step += 2) {
+                    mma_k16(sum, a[tile] + 2 * step, b[step][n], b[step + 1][n], sum);
+                }
+                largest[2 * tile] = max_nonnegative(largest[2 * tile], sum[0], sum[1]);
+                largest[2 * tile + 1] = max_nonnegative(largest[2 * tile + 1], sum[2], sum[3]);
+            }
+        }
     }
-    for (int i = threadIdx.x; i < count * static_cast<int>(kTileCodes); i += kThreads) {
-        stage.bias[i] = view.bias[first * kTileCodes + i];
-        stage.radius[i] = view.radius[first * kTileCodes + i];
+    const float4 bounds = memory.bounds()[chunk * kChunkTiles + quad];
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+        const float error = __fmaf_rn(alpha[8 * s], bounds.x, bounds.z);
+        const float upper = __fmaf_rn(largest[s], bounds.y, error) - offset;
+        running.lower[s] = fmaxf(running.lower[s], __fmaf_rn(largest[s], bounds.y, -error) - offset);
+        running.second[s] = fmaxf(running.second[s], fminf(running.first[s], upper));
+        running.chunk[s] = upper > running.first[s] ? chunk : running.chunk[s];
+        running.first[s] = fmaxf(running.first[s], upper);
     }
-    if (static_cast<int>(threadIdx.x) < count) stage.reach[threadIdx.x] = view.reach[first + threadIdx.x];
 }
 
-template <int kWidth>
-__global__ void __launch_bounds__(kThreads, 4)
+// Step 4: the codes of one tile of the stage that reach a row's lower bound join its list.
+template <int kSteps>
+__device__ void scan_tile(Memory memory, const Frame& frame, int row, int tile, int first) {
+    const int lane = thread_id() % 32;
+    const float* x = memory.x() + row * Width<kSteps>::kColumns;
+    const unsigned char* code = memory.codes() + tile * Width<kSteps>::kTileBytes + lane * 16;
+    const float4 bounds = memory.bounds()[tile];
+    float value = memory.start()[tile * kStartStride + lane];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+        const uint4 packed = *reinterpret_cast<const uint4*>(code + step * Width<kSteps>::kStepBytes);
+        const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+        const float4* part = reinterpret_cast<const float4*>(x + step * 8);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float4 four = part[i];
+            value = __fmaf_rn(four.x, half_to_float(pairs[2 * i]), value);
+            value = __fmaf_rn(four.y, half_to_float(pairs[2 * i] >> 16), value);
+            value = __fmaf_rn(four.z, half_to_float(pairs[2 * i + 1]), value);
+            value = __fmaf_rn(four.w, half_to_float(pairs[2 * i + 1] >> 16), value);
+        }
+    }
+    const float error = __fmaf_rn(row_alpha(frame, memory.norm()[row], 0.0f), bounds.x, bounds.z);
+    const float upper = __fmaf_rn(value, bounds.y, error) - frame.offset;
+    const bool reaches = upper >= from_ordered(memory.lower()[row]);
+    const unsigned hits = __ballot_sync(kAllLanes, reaches);
+    if (hits == 0) return;
+    int position = 0;
+    if (lane == 0) position = atomicAdd(&memory.count()[row], __popc(hits));
+    position = __shfl_sync(kAllLanes, position, 0) + __popc(hits & ((1u << lane) - 1));
+    if (reaches && position < kCandidates) {
+        memory.list()[row * kCandidates + position] = (first + tile) * kTile + lane;
+    }
+}
+
+// Step 4 for a warp: its list of tiles in reach, then each of them. An entry: tile << 7 | all << 6 | row. `all`: more
+// than one tile of the thread was in reach, so all that it has seen are scanned.
+template <int kSteps>
+__device__ void scan(Memory memory, const Frame& frame, const Running& running, int first_row, int part,
+                     int first) {
+    const int lane = lane_id();
+    int* entries = memory.entries() + thread_id() / 32 * kEntries;
+    int listed = 0;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+        const int row = 8 * s + lane / 4;
+        const float lower = from_ordered(memory.lower()[first_row + row]);
+        const bool reaches = running.first[s] >= lower, all = running.second[s] >= lower;
+        const unsigned mask = __ballot_sync(kAllLanes, reaches);
+        const int position = listed + __popc(mask & ((1u << lane) - 1));
+        const int tile = running.chunk[s] * kChunkTiles + lane % 4;
+        if (reaches && position < kEntries) entries[position] = tile << 7 | (all ? 64 : 0) | row;
+        if (reaches && position >= kEntries) atomicAdd(&memory.count()[first_row + row], kCandidates + 1);
+        listed += __popc(mask);
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < (listed < kEntries ? listed : kEntries); ++i) {
+        const int entry = entries[i], row = first_row + entry % 64, tile = entry >> 7;
+        const bool all = (entry & 64) != 0;
+        int from = tile, end = tile + 1;
+        if (all) from = part * kChunkTiles + tile % kChunkTiles, end = memory.plan.stage_tiles;
+#pragma unroll 1
+        for (; from < end; from += memory.plan.parts * kChunkTiles)
+            scan_tile<kSteps>(memory, frame, row, from, first);
+    }
+    __syncwarp();
+}
+
+// Step 5 for the rows of a block.
+template <int kSteps>
+__device__ __forceinline__ void finish(const AssignParams& params, const PackedLayout& layout, Memory memory,
+                                       const Frame& frame, int block) {
+    const int64_t first_row = static_cast<int64_t>(block) * memory.plan.rows;
+    const int64_t group = blockIdx.x;
+    __shared__ int contested;
+    const int lane = thread_id() % 32;
+    int64_t* ids = params.ids + first_row * params.codebook.groups + group;
+    if (thread_id() == 0) contested = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int base = thread_id() / 32 * 32; base < memory.plan.rows; base += kThreads) {
+        const int row = base + lane;
+        const int count = memory.count()[row];
+        if (count == 1) ids[row * params.codebook.groups] = memory.list()[row * kCandidates];
+        if (count > 1 && count <= kCandidates) memory.entries()[atomicAdd(&contested, 1)] = row;
+        const bool open = count == kCanonical || count == 0 || count > kCandidates;
+#pragma unroll 1
+        for (unsigned rest = __ballot_sync(kAllLanes, open); rest != 0; rest &= rest - 1) {
+            const int other = base + __ffs(static_cast<int>(rest)) - 1;
+            const int64_t id = memory.count()[other] == kCanonical
+                                   ? canonical_search(params, layout, first_row + other, group)
+                                   : full_search(params, layout, frame, first_row + other, group,
+                                                 memory.scale()[other], memory.norm()[other]);
+            if (lane == 0) ids[other * params.codebook.groups] = id;
+        }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread_id(); i < contested; i += kThreads) {
+        const int row = memory.entries()[i];
+        ids[row * params.codebook.groups] = score_candidates(
+            params, layout, first_row + row, group, memory.list() + row * kCandidates, memory.count()[row]);
+    }
+}
+
+template <int kSteps>
+__global__ void __launch_bounds__(kThreads, Width<kSteps>::kBlocks)
     assign_small_dim_kernel(const __grid_constant__ AssignParams params,
-                            const __grid_constant__ PackedLayout layout, Bound bound) {
-    __shared__ Stage<kWidth> stage;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    const int64_t width = params.codebook.width;
-    const bool cosine = params.metric == Metric::kCosine;
-    for (int64_t group = blockIdx.y; group < params.codebook.groups; group += gridDim.y) {
-        const PackedView view = packed_view(params.packed, layout, group);
-
-        // 1. The row.
-        const bool present = row < params.rows;
-        double largest = 0.0, sum = 0.0;
-        bool finite = true;
-        for (int64_t i = 0; i < width && present; ++i) {
-            const double value = fabs(x_element(params, row, group, i));
-            finite = finite && is_finite(value);
-            largest = fmax(largest, value);
-        }
-        const bool zero = cosine && largest == 0.0;  // every score is 0: the first choosable code
-        const bool extreme =
-            cosine ? !(largest < kLargestCosine && largest > kSmallestCosine) : !(largest < kLargestL2);
-        double scale = 1.0;
-        if (cosine && finite && !zero && !extreme) {
-            int exponent;
-            frexp(largest, &exponent);
-            scale = ldexp(1.0, -exponent);
-        }
-        const bool settled = !present || !finite || zero || view.group->choosable == 0;
-        float x[kWidth];
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-            const double value =
-                i < width && !settled && !extreme ? x_element(params, row, group, i) * scale : 0.0;
-            sum += value * value;
-            x[i] = static_cast<float>(value);
-        }
-        const double norm = sqrt(sum);
-        const float x_norm = static_cast<float>(norm) * kRoundUp;
-        const bool canonical = extreme || !(norm < kLargestL2) || view.group->unsafe > 0;
-        const bool filter = !settled && !canonical;
-
-        // 2. and 3. The codes.
-        Search search;
-        for (int64_t first = 0; first < layout.tiles; first += kStageTiles) {
-            const int count =
-                static_cast<int>(layout.tiles - first < kStageTiles ? layout.tiles - first : kStageTiles);
+                            const __grid_constant__ PackedLayout layout, const __grid_constant__ Plan plan) {
+    __shared__ int reaches[2];
+    __shared__ Frame frame;
+    const Memory memory{plan};
+    find_reaches(params, layout, reaches);
+    for (int block = blockIdx.y; block < plan.row_blocks; block += gridDim.y) {
+        __syncthreads();
+        load_rows<kSteps>(params, layout, memory, frame, block, reaches);
+        const bool loaded = plan.stage_tiles >= layout.tiles && block != static_cast<int>(blockIdx.y);
+        for (int first = 0; first < layout.tiles; first += plan.stage_tiles) {
+            if (!loaded) {
+                __syncthreads();
+                load_codes<kSteps>(params, layout, memory, first);
+            }
+            if (!loaded || params.metric == Metric::kL2)
+                load_bounds<kSteps>(params, layout, memory, frame, first);
             __syncthreads();
-            load_stage(stage, view, first, count, width);
-            __syncthreads();
-            if (!filter) continue;
-            for (int octet = 0; octet < count * static_cast<int>(kTileCodes) / kOctet; ++octet) {
-                const int tile = octet * kOctet / static_cast<int>(kTileCodes);
-                const int lane = octet * kOctet % static_cast<int>(kTileCodes);
-                float value[kOctet];
+            const int lane = lane_id(), warp = thread_id() / 32;
+            const int part = warp % plan.parts, warp_row = warp / plan.parts * kWarpRows;
+            uint32_t a[kRowTiles][2 * kSteps];
+            bool filtered = false;
 #pragma unroll
-                for (int j = 0; j < kOctet; ++j) value[j] = stage.bias[octet * kOctet + j];
+            for (int s = 0; s < kSlots; ++s) {
+                const int row = warp_row + 8 * s + lane / 4;
+                filtered = filtered || memory.count()[row] >= 0;
 #pragma unroll
-                for (int column = 0; column < kWidth; ++column) {
-                    const float4* code =
-                        stage.code + ((tile * kWidth + column) * static_cast<int>(kTileCodes) + lane) / 4;
-                    const float4 low = code[0], high = code[1];
-                    value[0] = __fmaf_rn(x[column], low.x, value[0]);
-                    value[1] = __fmaf_rn(x[column], low.y, value[1]);
-                    value[2] = __fmaf_rn(x[column], low.z, value[2]);
-                    value[3] = __fmaf_rn(x[column], low.w, value[3]);
-                    value[4] = __fmaf_rn(x[column], high.x, value[4]);
-                    value[5] = __fmaf_rn(x[column], high.y, value[5]);
-                    value[6] = __fmaf_rn(x[column], high.z, value[6]);
-                    value[7] = __fmaf_rn(x[column], high.w, value[7]);
-                }
-                float best = value[0];
-#pragma unroll
-                for (int j = 1; j < kOctet; ++j) best = fmaxf(best, value[j]);
-                const float margin = bound_of(bound, x_norm, stage.reach[tile]);
-                if (!(best + margin >= search.lower)) continue;
-                search.raise(best, margin);
-                unsigned reached = 0;
-#pragma unroll
-                for (int j = 0; j < kOctet; ++j) {
-                    const float upper = value[j] + bound_of(bound, x_norm, stage.radius[octet * kOctet + j]);
-                    reached |= (value[j] > -INFINITY && upper >= search.lower) ? 1u << j : 0u;
-                }
-                for (; reached != 0; reached &= reached - 1) {
-                    const int64_t code =
-                        first * kTileCodes + octet * kOctet + __ffs(static_cast<int>(reached)) - 1;
-                    search.consider(params, view, row, group, code,
-                                    best + margin);  // an upper bound for all eight
+                for (int step = 0; step < kSteps; ++step) {
+                    const float* x = memory.x() + row * Width<kSteps>::kColumns + step * 8 + lane % 4 * 2;
+                    a[s / 2][2 * step + s % 2] = pack_half2(x[0], x[1]);
                 }
             }
-        }
-
-        if (!present) continue;
-        int64_t id = search.best.code;
-        if (settled) {
-            id = finite ? view.group->first_choosable : -1;  // -1 as well if no code may be chosen
-        } else if (canonical) {
-            Best best;
-            for (int64_t code = 0; code < params.codebook.codes; ++code) {
-                const double code_norm = view.norm[code];
-                if (code_norm == code_norm)
-                    best.consider(device_score(params, row, group, code, code_norm), code);
+            filtered = __any_sync(kAllLanes, filtered) != 0;
+            Running running;
+            bool start = params.metric == Metric::kL2;
+            while (filtered) {
+                running.reset();
+                const float* alpha = memory.alpha() + warp_row + lane / 4;
+                const int chunks = plan.stage_tiles / kChunkTiles;
+#pragma unroll 1
+                for (int chunk = part; chunk < chunks && !start; chunk += plan.parts) {
+                    multiply_chunk<kSteps, false>(memory, a, alpha, 0.0f, chunk, running);
+                }
+#pragma unroll 1
+                for (int chunk = part; chunk < chunks && start; chunk += plan.parts) {
+                    multiply_chunk<kSteps, true>(memory, a, alpha, frame.offset, chunk, running);
+                }
+                const bool found = running.lower_of_rows(memory, warp_row, start);
+                if (start || found) break;
+                start = true;
             }
-            id = best.code;
+            __syncthreads();
+            if (filtered) scan<kSteps>(memory, frame, running, warp_row, part, first);
         }
-        params.ids[row * params.codebook.groups + group] = id;
+        finish<kSteps>(params, layout, memory, frame, block);
     }
 }
 
-template <int kWidth>
-void launch(const AssignParams& params, cudaStream_t stream) {
-    const PackedLayout layout =
-        packed_layout(params.codebook.groups, params.codebook.codes, params.codebook.width);
-    const int64_t blocks = (params.rows + kThreads - 1) / kThreads;
+// ---- launch ----------------------------------------------------------------------------------------------
+
+int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    cuda_check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+// Tiles that fit beside the rows, at most all of them.
+template <int kSteps>
+int fitting_tiles(int bytes, const Plan& plan, int64_t tiles) {
+    const int rest = bytes - plan.rows * Width<kSteps>::kRowBytes - kWarps * kEntries * 4;
+    const int64_t fitting = rest / Width<kSteps>::kStageBytes;
+    const int64_t stage = fitting < tiles ? fitting : tiles + kChunkTiles - 1;
+    return static_cast<int>(stage / kChunkTiles * kChunkTiles);
+}
+
+template <int kSteps>
+void launch(const AssignParams& params, int device, cudaStream_t stream) {
     const int64_t groups = params.codebook.groups;
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups < 65535 ? groups : 65535));
-    assign_small_dim_kernel<kWidth>
-        <<<grid, kThreads, 0, stream>>>(params, layout, make_bound(params.codebook.width));
+    const PackedLayout layout = packed_layout(groups, params.codebook.codes, params.codebook.width);
+    const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+    const int block_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - kStaticBytes;
+    const int half_bytes =
+        attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / 2 - 1024 - kStaticBytes;
+
+    // Two warps share the codes of 64 rows, more where rows are few and multiprocessors would idle.
+    Plan plan{0, 2, kWarps / 2 * kWarpRows};
+    auto row_blocks = [&] { return static_cast<int>((params.rows + plan.rows - 1) / plan.rows); };
+    while (row_blocks() * groups < multiprocessors && plan.parts < kWarps) {
+        plan.parts *= 2;
+        plan.rows /= 2;
+    }
+    plan.row_blocks = row_blocks();
+    // Two blocks a multiprocessor overlap each other's phases, if that leaves a stage worth its barriers.
+    plan.stage_tiles = Width<kSteps>::kBlocks == 2 && half_bytes < block_bytes
+                           ? fitting_tiles<kSteps>(half_bytes, plan, layout.tiles)
+                           : 0;
+    if (plan.stage_tiles < kGoodStage && plan.stage_tiles < layout.tiles) {
+        plan.stage_tiles = fitting_tiles<kSteps>(block_bytes, plan, layout.tiles);
+    }
+    lay_out<kSteps>(plan);
+    // Blocks with resident codes go on to further rows, so there are as many as run at once.
+    const int64_t at_once = (Width<kSteps>::kBlocks * multiprocessors + groups - 1) / groups;
+    const bool stay = plan.stage_tiles >= layout.tiles && plan.row_blocks > at_once;
+    const int64_t steps = stay ? at_once : plan.row_blocks;
+    const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(steps < 65535 ? steps : 65535));
+    cuda_check(cudaFuncSetAttribute(assign_small_dim_kernel<kSteps>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes),
+               "vq_assign (small width) shared memory");
+    assign_small_dim_kernel<kSteps><<<grid, kThreads, plan.bytes, stream>>>(params, layout, plan);
     cuda_check(cudaGetLastError(), "vq_assign (small width)");
 }
 
@@ -169,15 +330,12 @@ void launch(const AssignParams& params, cudaStream_t stream) {
 void launch_assign_small_dim(const AssignParams& params, int device, void* stream) {
     DeviceGuard guard(device);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-    const int64_t width = params.codebook.width;
-    if (width <= 4) {
-        launch<4>(params, queue);
-    } else if (width <= 8) {
-        launch<8>(params, queue);
-    } else if (width <= 16) {
-        launch<16>(params, queue);
+    if (params.codebook.width <= 8) {
+        launch<1>(params, device, queue);
+    } else if (params.codebook.width <= 16) {
+        launch<2>(params, device, queue);
     } else {
-        launch<32>(params, queue);
+        launch<4>(params, device, queue);
     }
 }
 

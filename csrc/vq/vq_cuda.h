@@ -32,60 +32,62 @@ __device__ inline void store_element(void* data, Dtype type, int64_t index, doub
     }
 }
 
-// Element i of x[row, group] and of codebook[group, code], canonical norm and score; see vq_canonical.h.
-__device__ inline double x_element(const AssignParams& params, int64_t row, int64_t group, int64_t i) {
-    return element(params.x, params.x_type,
-                   row * params.row_stride + group * params.group_stride + i * params.column_stride);
-}
-
 __device__ inline double code_element(const Codebook& codebook, int64_t group, int64_t code, int64_t i) {
     return element(codebook.data, codebook.type,
                    group * codebook.group_stride + code * codebook.code_stride + i * codebook.column_stride);
 }
 
-// Out of line: rare, and its registers would weigh on the search.
+// value[i] = convert(element of index(i)) where wanted(i), else 0. The type is chosen once and all loads are on their
+// way before the first is used.
+template <int kCount, class T, class Index, class Wanted, class Value, class Convert>
+__device__ __forceinline__ void read_as(const void* data, Index index, Wanted wanted, Value (&value)[kCount],
+                                        Convert convert) {
+    T raw[kCount] = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        if (wanted(i)) raw[i] = static_cast<const T*>(data)[index(i)];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) value[i] = convert(raw[i]);
+}
+
+template <int kCount, class Index, class Wanted, class Value, class Convert>
+__device__ __forceinline__ void read_elements(const void* data, Dtype type, Index index, Wanted wanted,
+                                              Value (&value)[kCount], Convert convert) {
+    switch (type) {
+        case Dtype::kFloat32: read_as<kCount, float>(data, index, wanted, value, convert); break;
+        case Dtype::kFloat16: read_as<kCount, half_bits>(data, index, wanted, value, convert); break;
+        case Dtype::kBfloat16: read_as<kCount, bfloat16_bits>(data, index, wanted, value, convert); break;
+        default: read_as<kCount, double>(data, index, wanted, value, convert);
+    }
+}
+
+// The canonical score, see vq_canonical.h. Out of line: rare, and its registers would weigh on the search.
 static __device__ __noinline__ double device_score(const AssignParams& params, int64_t row, int64_t group,
                                                    int64_t code, double norm) {
-    double sum = 0.0;
+    constexpr int kBatch = 4;
+    const Codebook& codebook = params.codebook;
     const bool cosine = params.metric == Metric::kCosine;
-    for (int64_t i = 0; i < params.codebook.width; ++i) {
-        const double x = x_element(params, row, group, i), c = code_element(params.codebook, group, code, i);
-        const double difference = plus(x, -c);
-        sum = plus(sum, cosine ? multiply(x, c) : multiply(difference, difference));
+    const int64_t x_start = row * params.row_stride + group * params.group_stride;
+    const int64_t c_start = group * codebook.group_stride + code * codebook.code_stride;
+    double sum = 0.0;
+    for (int64_t first = 0; first < codebook.width; first += kBatch) {
+        double x[kBatch], c[kBatch];
+        auto wanted = [&](int i) { return first + i < codebook.width; };
+        auto widen = [](auto value) { return to_double(value); };
+        read_elements(
+            params.x, params.x_type, [&](int i) { return x_start + (first + i) * params.column_stride; },
+            wanted, x, widen);
+        read_elements(
+            codebook.data, codebook.type,
+            [&](int i) { return c_start + (first + i) * codebook.column_stride; }, wanted, c, widen);
+        for (int i = 0; i < kBatch; ++i) {  // beyond the width zeros are added, and the sum is never -0
+            const double difference = plus(x[i], -c[i]);
+            sum = plus(sum, cosine ? multiply(x[i], c[i]) : multiply(difference, difference));
+        }
     }
     return cosine ? divide(sum, norm) : -sum;
 }
-
-// One thread's search. `lower` is below the score of the best code so far; a code whose upper bound stays
-// under it is out. A single code in the band is not scored at all: scoring waits for a second one.
-struct Search {
-    float lower = -INFINITY;
-    float upper = -INFINITY;  // upper bound of the code held
-    bool scored = false;
-    Best best;
-
-    // `largest` of a few filter values whose bounds are at most `margin`.
-    __device__ void raise(float largest, float margin) {
-        const float bound = largest - margin;
-        lower = fmaxf(lower, bound - kSlack * fabsf(bound));
-    }
-
-    __device__ void consider(const AssignParams& params, const PackedView& view, int64_t row, int64_t group,
-                             int64_t code, float code_upper) {
-        if (!(code_upper >= lower)) return;
-        if (best.code < 0 || upper < lower) {  // nothing held, or what is held is out by now
-            best.code = code;
-            scored = false;
-            upper = code_upper;
-            return;
-        }
-        if (!scored) best.score = device_score(params, row, group, best.code, view.norm[best.code]);
-        scored = true;
-        const int64_t held = best.code;
-        best.consider(device_score(params, row, group, code, view.norm[code]), code);
-        if (best.code != held) upper = code_upper;
-    }
-};
 
 #endif
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <string.h>
 #include <ucontext.h>
 
@@ -86,8 +87,10 @@ struct Barrier {
 
 struct Block {
     std::vector<ucontext_t> fibers;
+    std::vector<jmp_buf> places;  // where a fiber that has started goes on; jumps cost no system call
+    std::vector<char> started;
+    jmp_buf place;  // of the scheduler
     std::vector<char> finished;
-    ucontext_t scheduler;
     unsigned current = 0;
     Barrier all;
     std::vector<Barrier> warps;
@@ -104,12 +107,15 @@ inline void wait(Barrier& barrier) {
         ++barrier.generation;
         return;
     }
-    while (barrier.generation == generation) swapcontext(&block->fibers[block->current], &block->scheduler);
+    while (barrier.generation == generation) {
+        if (_setjmp(block->places[block->current]) == 0) _longjmp(block->place, 1);
+    }
 }
 
 inline void start() {
     block->body();
     block->finished[block->current] = 1;
+    _longjmp(block->place, 1);
 }
 
 constexpr size_t kStack = 64 * 1024;
@@ -121,6 +127,8 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
     static std::vector<char> stacks;  // grows to the largest block
     if (stacks.size() < threads * kStack) stacks.resize(threads * kStack);
     state.finished.assign(threads, 0);
+    state.started.assign(threads, 0);
+    state.places = std::vector<jmp_buf>(threads);
     state.all.count = threads;
     state.warps.resize((threads + 31) / 32);
     for (Barrier& warp : state.warps) warp.count = 32;
@@ -130,7 +138,7 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
         getcontext(&state.fibers[i]);
         state.fibers[i].uc_stack.ss_sp = stacks.data() + i * kStack;
         state.fibers[i].uc_stack.ss_size = kStack;
-        state.fibers[i].uc_link = &state.scheduler;
+        state.fibers[i].uc_link = nullptr;
         makecontext(&state.fibers[i], start, 0);
     }
     for (unsigned left = threads, stuck = 0; left > 0;) {
@@ -139,7 +147,11 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
             if (state.finished[i]) continue;
             state.current = i;
             threadIdx = dim3(i, 0, 0);
-            swapcontext(&state.scheduler, &state.fibers[i]);
+            if (_setjmp(state.place) == 0) {
+                if (state.started[i]) _longjmp(state.places[i], 1);
+                state.started[i] = 1;
+                setcontext(&state.fibers[i]);
+            }
             left -= state.finished[i];
         }
     }
