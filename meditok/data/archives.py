@@ -69,7 +69,7 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
                     members.append(Member(blob, name))
                 else:
                     ignored.append((label, "not an image"))
-    except (tarfile.TarError, EOFError, OSError):
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError):  # the last two: sizes beyond any file
         failed.append(
             (
                 path,

@@ -65,6 +65,11 @@ def b30_claimed_size(folder: Path) -> Path:
     return _member(folder, "claim", size=2**40)
 
 
+def b30_endless_size(folder: Path) -> Path:
+    """A member whose header claims more bytes than a file offset can count."""
+    return _member(folder, "endless", size=2**70)
+
+
 def b30_sidecar_deep(folder: Path) -> Path:
     return tar(folder / "deep.tar", ("a.png", _png_bytes()), ("a.json", b"[" * 100000))
 

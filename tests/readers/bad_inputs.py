@@ -110,6 +110,7 @@ BAD_INPUTS = [
     ("B30-dots", archives.b30_same_name, e.BadInputError, 3, {}),
     ("B30-gzip", archives.b30_gzip, e.CorruptImageError, 3, {}),
     ("B30-claim", archives.b30_claimed_size, e.CorruptImageError, 3, {}),
+    ("B30-endless", archives.b30_endless_size, e.CorruptImageError, 3, {}),
     ("B30-deep", archives.b30_sidecar_deep, e.CorruptImageError, 3, {}),
     ("B30-large", archives.b30_sidecar_large, e.UnsafeFileError, 5, {}),
     ("B30-field", archives.b30_csv_field, e.CorruptImageError, 3, {}),
