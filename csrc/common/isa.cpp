@@ -19,6 +19,12 @@ bool compiled(Isa isa) {
 #if defined(MEDITOK_HAVE_AVX512)
         case Isa::kAvx512: return true;
 #endif
+#if defined(MEDITOK_HAVE_AVX512VNNI)
+        case Isa::kAvx512Vnni: return true;
+#endif
+#if defined(MEDITOK_HAVE_NEON)
+        case Isa::kNeon: return true;
+#endif
         default: return false;
     }
 }
@@ -35,7 +41,11 @@ bool detected(Isa isa) {
 #endif
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-        case Isa::kAvx512Vnni: return detected(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
+        case Isa::kAvx512Vnni:
+#if defined(MEDITOK_SIMDE)
+            return true;
+#endif
+            return detected(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__)
         case Isa::kNeon: return true;
 #endif

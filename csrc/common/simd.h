@@ -11,6 +11,13 @@
 //   fma(a, b, c)                  a * b + c, rounded once
 //   at_least(a, b)                bit i set where a[i] >= b[i]; false for NaN
 //   largest(a)                    the largest element
+// and, where the file has an int16 kernel, `struct IVec` of kWidth int32 or 2 kWidth int16:
+//   load_int(p), store_int(p, v)  unaligned access
+//   fill_int(a), fill_pair(p)     the same int32, or the same two int16 from memory, everywhere
+//   dot_pairs(a, b)               a[2i] b[2i] + a[2i+1] b[2i+1]
+//   add_dot_pairs(sum, a, b)      the same added to `sum`
+//   max_int(a, b), largest_int(a)
+//   above(a, b)                   bit i set where a[i] > b[i]
 #pragma once
 
 #include <cstdint>

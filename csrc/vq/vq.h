@@ -56,11 +56,15 @@ struct LookupParams {
 //   radius  float (T, 32)          upper bound of the norm of the filter code; 0 where bias is -inf
 //   reach   float (T)              largest radius of the tile
 //   norm    double (codes)         canonical max(|c|, 1e-12); NaN marks a code that is never chosen
+//   int16   int16 (T, pairs, 32, 2)  the filter codes once more, scaled to 16 bits, without gaps; pairs of columns
+//   slot    int32 (T, 32)          which code stands there, rising
 // The filter does not look for codes with a NaN or infinity, for padding, nor for exact copies of an earlier
-// code.
+// code. The last two parts have room for widths kInt16Narrowest..kInt16Widest only, are read by CPU only, and hold
+// something where int16_codes > 0 (vq_filter.h says when).
 
 constexpr int64_t kTileCodes = 32;
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kInt16Narrowest = 3, kInt16Widest = 32;  // widths with an int16 part
 
 struct PackedHeader {
     uint64_t magic;
@@ -71,18 +75,25 @@ struct PackedGroup {
     int64_t choosable;        // codes that may be chosen
     int64_t first_choosable;  // lowest of them, or -1
     int64_t unsafe;           // codes so long or short that the float filter cannot be trusted
+    int64_t int16_codes = 0;  // codes in the int16 part, 0 where it is not used
+    double last_column = 0;   // l2: what the int16 filter appends to x; 0 for cosine
 };
 
-constexpr uint64_t kPackedMagic = 0x3176716b6f746964ull;
+constexpr uint64_t kPackedMagic = 0x3276716b6f746964ull;
 
 struct PackedLayout {
-    int64_t tiles;                                          // per group
-    size_t group_bytes, total_bytes;                        // of a group, of everything
-    size_t tile_at, bias_at, radius_at, reach_at, norm_at;  // within a group
+    int64_t tiles;                                                             // per group
+    size_t group_bytes, total_bytes;                                           // of a group, of everything
+    size_t tile_at, bias_at, radius_at, reach_at, norm_at, int16_at, slot_at;  // within a group
 };
 
 MEDITOK_HD inline size_t align_up(size_t bytes) {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+// Pairs of columns of the int16 part; l2 has one column more than the codebook (vq_filter.h).
+MEDITOK_HD inline int64_t int16_pairs(int64_t width, Metric metric) {
+    return (width + (metric == Metric::kL2 ? 2 : 1)) / 2;
 }
 
 MEDITOK_HD inline PackedLayout packed_layout(int64_t groups, int64_t codes, int64_t width) {
@@ -94,7 +105,11 @@ MEDITOK_HD inline PackedLayout packed_layout(int64_t groups, int64_t codes, int6
     layout.radius_at = layout.bias_at + align_up(padded_codes * sizeof(float));
     layout.reach_at = layout.radius_at + align_up(padded_codes * sizeof(float));
     layout.norm_at = layout.reach_at + align_up(static_cast<size_t>(layout.tiles) * sizeof(float));
-    layout.group_bytes = layout.norm_at + align_up(static_cast<size_t>(codes) * sizeof(double));
+    layout.int16_at = layout.norm_at + align_up(static_cast<size_t>(codes) * sizeof(double));
+    const size_t slots = width >= kInt16Narrowest && width <= kInt16Widest ? padded_codes : 0;
+    const size_t pairs = static_cast<size_t>(int16_pairs(width, Metric::kL2));
+    layout.slot_at = layout.int16_at + align_up(slots * pairs * 2 * sizeof(int16_t));
+    layout.group_bytes = layout.slot_at + align_up(slots * sizeof(int32_t));
     layout.total_bytes = align_up(sizeof(PackedHeader)) + static_cast<size_t>(groups) * layout.group_bytes;
     return layout;
 }
@@ -102,11 +117,13 @@ MEDITOK_HD inline PackedLayout packed_layout(int64_t groups, int64_t codes, int6
 // The parts of one group of a packed codebook.
 struct PackedView {
     const PackedGroup* group;
-    const float* tiles;   // (T, width, 32)
-    const float* bias;    // (T, 32)
-    const float* radius;  // (T, 32)
-    const float* reach;   // (T)
-    const double* norm;   // (codes)
+    const float* tiles;    // (T, width, 32)
+    const float* bias;     // (T, 32)
+    const float* radius;   // (T, 32)
+    const float* reach;    // (T)
+    const double* norm;    // (codes)
+    const int16_t* int16;  // (T, pairs, 32, 2)
+    const int32_t* slot;   // (T, 32)
 };
 
 MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const PackedLayout& layout,
@@ -120,6 +137,8 @@ MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const Pack
     view.radius = reinterpret_cast<const float*>(base + layout.radius_at);
     view.reach = reinterpret_cast<const float*>(base + layout.reach_at);
     view.norm = reinterpret_cast<const double*>(base + layout.norm_at);
+    view.int16 = reinterpret_cast<const int16_t*>(base + layout.int16_at);
+    view.slot = reinterpret_cast<const int32_t*>(base + layout.slot_at);
     return view;
 }
 

@@ -1,14 +1,9 @@
-// AVX-512: 16 floats a vector; a register tile of 8 rows x 2 vectors uses 16 accumulators, 8 maxima and 2
-// codes of the 32 registers, and broadcasts from memory inside the multiply-add. Right because vq_filter.h's
-// band holds every code that can be best. Compiles against SIMDe as well (MEDITOK_SIMDE), which is how
-// machines without AVX-512 test it.
+// AVX-512 F, BW, DQ, VL: 16 floats or 32 int16 a vector; a register tile of 8 rows x 2 vectors uses 16 accumulators,
+// 8 maxima and 2 codes of the 32 registers, and broadcasts from memory inside the multiply-add. Right because
+// vq_filter.h's band holds every code that can be best. Machines without AVX-512 test it through SIMDe
+// (tests/ops/simde).
 
-#if defined(MEDITOK_SIMDE)
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#else
 #include <immintrin.h>
-#endif
 
 #include "common/simd.h"
 #include "vq/vq_cpu.h"
@@ -17,48 +12,19 @@ namespace meditok {
 
 namespace {
 
-using Vec = __m512;
-constexpr int64_t kWidth = 16;
-constexpr int kRows = 8;
+#include "vq/vq_simd_avx512.inl.h"
 
-MEDITOK_INLINE Vec load(const float* p) {
-    return _mm512_loadu_ps(p);
-}
-MEDITOK_INLINE void store(float* p, Vec v) {
-    _mm512_storeu_ps(p, v);
-}
-MEDITOK_INLINE Vec fill(float a) {
-    return _mm512_set1_ps(a);
-}
-MEDITOK_INLINE Vec add(Vec a, Vec b) {
-    return _mm512_add_ps(a, b);
-}
-MEDITOK_INLINE Vec mul(Vec a, Vec b) {
-    return _mm512_mul_ps(a, b);
-}
-MEDITOK_INLINE Vec max(Vec a, Vec b) {
-    return _mm512_max_ps(a, b);
-}
-MEDITOK_INLINE Vec fma(Vec a, Vec b, Vec c) {
-    return _mm512_fmadd_ps(a, b, c);
-}
-MEDITOK_INLINE uint32_t at_least(Vec a, Vec b) {
-    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
-}
-MEDITOK_INLINE float largest(Vec a) {
-    float lanes[16];
-    _mm512_storeu_ps(lanes, a);
-    float best = lanes[0];
-    for (int i = 1; i < 16; ++i) best = lanes[i] > best ? lanes[i] : best;
-    return best;
+MEDITOK_INLINE IVec add_dot_pairs(IVec sum, IVec a, IVec b) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
 }
 
 #include "vq/vq_simd.inl.h"
+#include "vq/vq_simd_int16.inl.h"
 
 }  // namespace
 
 FilterKernel filter_avx512() {
-    return FilterKernel{run_filter, kWidth, kRows};
+    return FilterKernel{run_filter, run_int16, kWidth, kRows};
 }
 
 }  // namespace meditok

@@ -3,6 +3,7 @@
 
 #include "vq/vq_cpu.h"
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -25,183 +26,245 @@ FilterKernel choose_filter() {
 #if defined(MEDITOK_HAVE_AVX512)
         case Isa::kAvx512: return filter_avx512();
 #endif
-        default: return FilterKernel{nullptr, 1, 1};  // scalar: the canonical loop over all codes
+#if defined(MEDITOK_HAVE_AVX512VNNI)
+        case Isa::kAvx512Vnni: return filter_avx512vnni();
+#endif
+#if defined(MEDITOK_HAVE_NEON)
+        case Isa::kNeon: return filter_neon();
+#endif
+        default: return FilterKernel{nullptr, nullptr, 1, 1};  // scalar: the canonical loop over all codes
     }
 }
 
 // ---- blocks -----------------------------------------------------------------------------------------------
 
-constexpr int64_t kMaxChunks = 32;      // per codebook: a chunk's rescan costs about 1/32 of the row
-constexpr int64_t kLaneFloats = 10240;  // scratch for chunk maxima: 40 KiB
-constexpr int64_t kXFloats = 4096;      // scratch for the rows of a block: 16 KiB
+constexpr int64_t kLaneWords = 10240;  // scratch for chunk maxima: 40 KiB
+constexpr int64_t kXFloats = 4096;     // scratch for the rows of a block: 16 KiB
 
 struct Plan {
     FilterKernel kernel;
     PackedLayout layout;
     int64_t chunk_tiles, chunks, block_rows, blocks;
-    size_t scratch_bytes;  // a participant
+    bool int16;  // whether codebooks of this width have an int16 part and the kernel reads it
+    // A participant's scratch: one row in float64, the largest radius of each chunk, rows, rows in 16 bits, maxima.
+    size_t reach_at, x_at, x16_at, lanes_at, scratch_bytes;
 };
 
 Plan make_plan(const AssignParams& params) {
+    const int64_t width = params.codebook.width;
     Plan plan;
     plan.kernel = choose_filter();
-    plan.layout = packed_layout(params.codebook.groups, params.codebook.codes, params.codebook.width);
+    plan.layout = packed_layout(params.codebook.groups, params.codebook.codes, width);
+    plan.int16 = plan.kernel.run_int16 != nullptr && width >= kInt16Narrowest && width <= kInt16Widest;
     const int64_t tiles = plan.layout.tiles > 0 ? plan.layout.tiles : 1;
     plan.chunk_tiles = (tiles + kMaxChunks - 1) / kMaxChunks;
     plan.chunks = (tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
-    int64_t rows = kLaneFloats / (plan.chunks * plan.kernel.width);
-    if (rows * params.codebook.width > kXFloats) rows = kXFloats / params.codebook.width;
+    int64_t rows = kLaneWords / (plan.chunks * plan.kernel.width);
+    if (rows * width > kXFloats) rows = kXFloats / width;
     if (rows > kMaxBlockRows) rows = kMaxBlockRows;
     rows = rows / plan.kernel.row_tile * plan.kernel.row_tile;
     plan.block_rows = rows < plan.kernel.row_tile ? plan.kernel.row_tile : rows;
     plan.blocks = (params.rows + plan.block_rows - 1) / plan.block_rows;
-    const size_t x_bytes =
-        align_up(static_cast<size_t>(plan.block_rows * params.codebook.width) * sizeof(float));
-    const size_t lane_bytes =
-        align_up(static_cast<size_t>(plan.block_rows * plan.chunks * plan.kernel.width) * sizeof(float));
-    const size_t double_bytes = align_up(static_cast<size_t>(params.codebook.width) * sizeof(double));
-    plan.scratch_bytes = x_bytes + lane_bytes + double_bytes + align_up(kMaxChunks * sizeof(float));
+    const auto bytes = [](int64_t count, size_t size) { return align_up(static_cast<size_t>(count) * size); };
+    const int64_t pairs = plan.int16 ? int16_pairs(width, params.metric) : 0;
+    plan.reach_at = bytes(width, sizeof(double));
+    plan.x_at = plan.reach_at + bytes(kMaxChunks, sizeof(float));
+    plan.x16_at = plan.x_at + bytes(plan.block_rows * width, sizeof(float));
+    plan.lanes_at = plan.x16_at + bytes(plan.block_rows * pairs * 2, sizeof(int16_t));
+    plan.scratch_bytes =
+        plan.lanes_at + bytes(plan.block_rows * plan.chunks * plan.kernel.width, sizeof(float));
     return plan;
 }
 
-// Row `row` of group `group` widened to float64.
-void widen(const AssignParams& params, int64_t group, int64_t row, double* out) {
-    for_dtype(params.x_type, [&](auto element) {
-        using T = decltype(element);
-        const T* x = static_cast<const T*>(params.x) + row * params.row_stride + group * params.group_stride;
-        for (int64_t i = 0; i < params.codebook.width; ++i) out[i] = to_double(x[i * params.column_stride]);
-    });
-}
+// ---- a block: rows begin..end of one group -------------------------------------------------------------------
 
-// One row inside the filter: the only candidate is taken as it is, from the second on all are scored.
-struct Row {
-    int64_t row;
-    int64_t candidates;
-    Best best;
-};
+class BlockSearch {
+  public:
+    BlockSearch(const AssignParams& params, const AssignHook& hook, const Plan& plan, int64_t group,
+                unsigned char* scratch)
+        : params_(params),
+          hook_(hook),
+          plan_(plan),
+          group_(group),
+          view_(packed_view(params.packed, plan.layout, group)),
+          wide_(reinterpret_cast<double*>(scratch)),
+          reach_(reinterpret_cast<float*>(scratch + plan.reach_at)),
+          x_(reinterpret_cast<float*>(scratch + plan.x_at)),
+          x16_(reinterpret_cast<int16_t*>(scratch + plan.x16_at)),
+          lanes_(scratch + plan.lanes_at),
+          pairs_(int16_pairs(params.codebook.width, params.metric)) {}
 
-struct Block {
-    const AssignParams& params;
-    int64_t group;
-    PackedView view;
-    double* wide;  // scratch: the row last widened
-    int64_t wide_row;
-    Row rows[kMaxBlockRows];
-
-    double score(const Row& entry, int64_t code) {
-        if (wide_row != entry.row) widen(params, group, entry.row, wide);
-        wide_row = entry.row;
-        return score_code(params.codebook, group, code, view.norm[code], params.metric, wide);
+    void run(int64_t begin, int64_t end) {
+        const bool int16 = plan_.int16 && view_.group->int16_codes > 0;
+        for_dtype(params_.x_type, [&](auto element) {
+            using T = decltype(element);
+            for (int64_t row = begin; row < end; ++row) {
+                if (hook_.mask != nullptr && hook_.mask[row * hook_.mask_stride] == 0) {
+                    id(row) = -1;
+                    continue;
+                }
+                const double square = widen<T>(row);
+                if (!(int16 && prepare_int16(row, square))) prepare(row);
+            }
+        });
+        if (int16_count_ > 0) run_int16();
+        if (count_ > 0) run_float();
     }
 
+  private:
+    // Reads a row as float64 into wide_ and returns the sum of its squares.
+    template <class T>
+    double widen(int64_t row) {
+        const T* x =
+            static_cast<const T*>(params_.x) + row * params_.row_stride + group_ * params_.group_stride;
+        double square = 0.0;
+        for (int64_t i = 0; i < params_.codebook.width; ++i) {
+            wide_[i] = to_double(x[i * params_.column_stride]);
+            square += wide_[i] * wide_[i];
+        }
+        wide_row_ = row;
+        return square;
+    }
+
+    void widen_again(int64_t row) {
+        if (wide_row_ == row) return;
+        for_dtype(params_.x_type, [&](auto element) { widen<decltype(element)>(row); });
+    }
+
+    int64_t& id(int64_t row) { return params_.ids[row * params_.codebook.groups + group_]; }
+
+    double score(int64_t row, int64_t code) {
+        widen_again(row);
+        return score_code(params_.codebook, group_, code, view_.norm[code], params_.metric, wide_);
+    }
+
+    // Rounds the row in wide_ to 16 bits; false where it is not for the int16 filter.
+    bool prepare_int16(int64_t row, double square) {
+        constexpr double kSmallest = 1.1830521861667747e-271,
+                         kLargest = 8.452712498170644e+270;  // 2^-900, 2^900
+        const bool cosine = params_.metric == Metric::kCosine;
+        const double last = view_.group->last_column, longest = kInt16LongestX * last;
+        if (!(cosine ? square > kSmallest && square < kLargest : square <= longest * longest)) return false;
+        const double scale = kInt16Length / std::sqrt(square + last * last);
+        const int64_t width = params_.codebook.width;
+        int16_t* x = x16_ + int16_count_ * pairs_ * 2;
+        x[pairs_ * 2 - 1] = 0;  // the column after an odd number of them
+        for (int64_t i = 0; i < width; ++i) x[i] = round_to_int16(wide_[i] * scale);
+        if (!cosine) x[width] = round_to_int16(last * scale);
+        int16_rows_[int16_count_++] = row;
+        return true;
+    }
+
+    // Decides what happens to the row in wide_ and, for the filter, writes it as float32 with a bound of its norm.
+    void prepare(int64_t row) {
+        const int64_t width = params_.codebook.width;
+        double largest = 0.0, sum = 0.0;
+        for (int64_t i = 0; i < width; ++i) {
+            const double magnitude = wide_[i] < 0 ? -wide_[i] : wide_[i];
+            if (!is_finite(magnitude)) {
+                id(row) = -1;
+                return;
+            }
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        if (view_.group->choosable == 0) {
+            id(row) = -1;
+            return;
+        }
+        double scale = 1.0;
+        bool filter = plan_.kernel.run != nullptr && view_.group->unsafe == 0 && width <= kLargestWidth;
+        if (params_.metric == Metric::kCosine) {
+            if (largest == 0.0) {  // every score is 0
+                id(row) = view_.group->first_choosable;
+                return;
+            }
+            filter = filter && largest < kLargestCosine && largest > kSmallestCosine;
+            int exponent;
+            std::frexp(largest, &exponent);
+            if (filter) scale = std::ldexp(1.0, -exponent);
+        }
+        float* x = x_ + count_ * width;
+        for (int64_t i = 0; i < width && filter; ++i) {
+            const double value = wide_[i] * scale;
+            sum += value * value;
+            x[i] = static_cast<float>(value);
+        }
+        const double norm = std::sqrt(sum);
+        if (!filter || !(norm < kLargestL2)) {
+            id(row) = assign_row(params_.codebook, group_, view_, params_.metric, wide_);
+            return;
+        }
+        x_norm_[count_] = static_cast<float>(norm) * kRoundUp;
+        rows_[count_++] = Row{row, 0, Best{}};
+    }
+
+    void run_int16() {
+        const int64_t codes = view_.group->int16_codes, tiles = (codes + kTileCodes - 1) / kTileCodes;
+        const int64_t chunk_tiles = (tiles + kMaxChunks - 1) / kMaxChunks;
+        const int64_t columns = params_.codebook.width + (params_.metric == Metric::kL2 ? 1 : 0);
+        plan_.kernel.run_int16({x16_, int16_count_, pairs_, view_.int16, view_.slot, codes, tiles,
+                                chunk_tiles, (tiles + chunk_tiles - 1) / chunk_tiles, int16_band(columns),
+                                reinterpret_cast<int32_t*>(lanes_), found_int16, this});
+    }
+
+    // What the int16 filter leaves of a row: its only code, a few to score, or too many.
+    static void found_int16(void* context, int64_t slot, const int32_t* codes, int64_t count) {
+        BlockSearch& self = *static_cast<BlockSearch*>(context);
+        const int64_t row = self.int16_rows_[slot];
+        if (count == 1) {
+            self.id(row) = codes[0];
+        } else if (count <= kInt16Candidates) {
+            Best best;
+            for (int64_t i = 0; i < count; ++i) best.consider(self.score(row, codes[i]), codes[i]);
+            self.id(row) = best.code;
+        } else {
+            self.widen_again(row);
+            self.prepare(row);
+        }
+    }
+
+    void run_float() {
+        plan_.kernel.run({x_, x_norm_, count_, params_.codebook.width, view_, plan_.layout.tiles,
+                          plan_.chunk_tiles, plan_.chunks, make_bound(params_.codebook.width), params_.metric,
+                          reinterpret_cast<float*>(lanes_), reach_, candidate, this});
+        for (int64_t slot = 0; slot < count_; ++slot) id(rows_[slot].row) = rows_[slot].best.code;
+    }
+
+    // One row inside the float32 filter: the only candidate is taken as it is, from the second on all are scored.
+    struct Row {
+        int64_t row;
+        int64_t candidates;
+        Best best;
+    };
+
     static void candidate(void* context, int64_t slot, int64_t code) {
-        Block& block = *static_cast<Block*>(context);
-        Row& entry = block.rows[slot];
+        BlockSearch& self = *static_cast<BlockSearch*>(context);
+        Row& entry = self.rows_[slot];
         if (++entry.candidates == 1) {
             entry.best.code = code;
             return;
         }
-        if (entry.candidates == 2) entry.best.score = block.score(entry, entry.best.code);
-        entry.best.consider(block.score(entry, code), code);
+        if (entry.candidates == 2) entry.best.score = self.score(entry.row, entry.best.code);
+        entry.best.consider(self.score(entry.row, code), code);
     }
+
+    const AssignParams& params_;
+    const AssignHook& hook_;
+    const Plan& plan_;
+    const int64_t group_;
+    const PackedView view_;
+    double* const wide_;  // scratch: the row last widened
+    float* const reach_;
+    float* const x_;
+    int16_t* const x16_;
+    unsigned char* const lanes_;
+    const int64_t pairs_;
+    int64_t wide_row_ = -1;
+    int64_t int16_count_ = 0, count_ = 0;  // rows in either filter
+    int64_t int16_rows_[kMaxBlockRows];
+    float x_norm_[kMaxBlockRows];
+    Row rows_[kMaxBlockRows];
 };
-
-enum class Fate { kFilter, kCanonical, kDone };
-
-// Decides what happens to a row and, for the filter, writes it as float32 with an upper bound of its norm.
-Fate prepare(const AssignParams& params, const PackedView& view, const double* wide, float* x, float* x_norm,
-             int64_t* id) {
-    const int64_t width = params.codebook.width;
-    double largest = 0.0, sum = 0.0;
-    for (int64_t i = 0; i < width; ++i) {
-        const double magnitude = wide[i] < 0 ? -wide[i] : wide[i];
-        if (!is_finite(magnitude)) {
-            *id = -1;
-            return Fate::kDone;
-        }
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    if (view.group->choosable == 0) {
-        *id = -1;
-        return Fate::kDone;
-    }
-    double scale = 1.0;
-    if (params.metric == Metric::kCosine) {
-        if (largest == 0.0) {  // every score is 0
-            *id = view.group->first_choosable;
-            return Fate::kDone;
-        }
-        if (!(largest < kLargestCosine && largest > kSmallestCosine)) return Fate::kCanonical;
-        int exponent;
-        frexp(largest, &exponent);
-        scale = ldexp(1.0, -exponent);
-    }
-    if (view.group->unsafe > 0 || width > kLargestWidth) return Fate::kCanonical;
-    for (int64_t i = 0; i < width; ++i) {
-        const double value = wide[i] * scale;
-        sum += value * value;
-        x[i] = static_cast<float>(value);
-    }
-    const double norm = sqrt(sum);
-    if (!(norm < kLargestL2)) return Fate::kCanonical;
-    *x_norm = static_cast<float>(norm) * kRoundUp;
-    return Fate::kFilter;
-}
-
-void assign_block(const AssignParams& params, const AssignHook& hook, const Plan& plan, int64_t group,
-                  int64_t begin, int64_t end, unsigned char* scratch) {
-    const int64_t width = params.codebook.width, groups = params.codebook.groups;
-    const PackedView view = packed_view(params.packed, plan.layout, group);
-    double* wide = reinterpret_cast<double*>(scratch);
-    float* reach = reinterpret_cast<float*>(scratch + align_up(static_cast<size_t>(width) * sizeof(double)));
-    float* x = reach + align_up(kMaxChunks * sizeof(float)) / sizeof(float);
-    float* lanes = x + align_up(static_cast<size_t>(plan.block_rows * width) * sizeof(float)) / sizeof(float);
-    float x_norm[kMaxBlockRows];
-    Block block{params, group, view, wide, -1, {}};
-    int64_t slots = 0;
-
-    for (int64_t row = begin; row < end; ++row) {
-        int64_t& id = params.ids[row * groups + group];
-        if (hook.mask != nullptr && hook.mask[row * hook.mask_stride] == 0) {
-            id = -1;
-            continue;
-        }
-        widen(params, group, row, wide);
-        Fate fate = Fate::kCanonical;
-        if (plan.kernel.run != nullptr) {
-            fate = prepare(params, view, wide, x + slots * width, x_norm + slots, &id);
-        } else {
-            bool finite = true;
-            for (int64_t i = 0; i < width; ++i) finite = finite && is_finite(wide[i]);
-            if (!finite) {
-                id = -1;
-                continue;
-            }
-        }
-        if (fate == Fate::kCanonical) id = assign_row(params.codebook, group, view, params.metric, wide);
-        if (fate == Fate::kFilter) block.rows[slots++] = Row{row, 0, Best{}};
-    }
-    if (slots == 0) return;
-
-    const FilterBlock filter{x,
-                             x_norm,
-                             slots,
-                             width,
-                             view,
-                             plan.layout.tiles,
-                             plan.chunk_tiles,
-                             plan.chunks,
-                             make_bound(width),
-                             params.metric,
-                             lanes,
-                             reach,
-                             Block::candidate,
-                             &block};
-    plan.kernel.run(filter);
-    for (int64_t slot = 0; slot < slots; ++slot) {
-        params.ids[block.rows[slot].row * groups + group] = block.rows[slot].best.code;
-    }
-}
 
 }  // namespace
 
@@ -230,7 +293,7 @@ void assign_blocks(const AssignParams& params, const AssignHook& hook, int threa
         if (codebook.codes == 0) {
             for (int64_t row = begin; row < end; ++row) params.ids[row * codebook.groups + group] = -1;
         } else {
-            assign_block(params, hook, plan, group, begin, end, base + participant * plan.scratch_bytes);
+            BlockSearch(params, hook, plan, group, base + participant * plan.scratch_bytes).run(begin, end);
         }
         if (hook.after != nullptr) hook.after(hook.context, participant, group, begin, end);
     });

@@ -31,7 +31,9 @@ constexpr int64_t kMaxBlockRows = 96;
 
 void assign_blocks(const AssignParams& params, const AssignHook& hook, int threads);
 
-// ---- vq_avx2.cpp, vq_avx512.cpp ---------------------------------------------------------------------------
+// ---- vq_avx2.cpp, vq_avx512.cpp, vq_avx512vnni.cpp, vq_neon.cpp -------------------------------------------
+
+constexpr int64_t kMaxChunks = 32;  // per codebook: a chunk's rescan costs about 1/32 of the row
 
 // A block of rows of one group, ready for the filter.
 struct FilterBlock {
@@ -43,19 +45,37 @@ struct FilterBlock {
     Bound bound;
     Metric metric;
     float* lanes;  // scratch (rows, chunks, kWidth): the largest F of each chunk and lane
-    float* reach;  // scratch (chunks): the largest radius in each chunk
+    float* reach;  // scratch (kMaxChunks): the largest radius in each chunk
     // Called for every code in the band, in rising order of codes for each row.
     void (*candidate)(void* context, int64_t row, int64_t code);
     void* context;
 };
 
+// A block of rows of one group, ready for the int16 filter.
+struct Int16Block {
+    const int16_t* x;  // (rows, pairs, 2)
+    int64_t rows, pairs;
+    const int16_t* tiles;  // (tile_count, pairs, 32, 2)
+    const int32_t* slot;   // (tile_count, 32)
+    int64_t codes;         // slots in use
+    int64_t tile_count, chunk_tiles, chunks;
+    int32_t band;    // 2 E
+    int32_t* lanes;  // scratch (rows, chunks, kWidth): the largest F of each chunk and lane
+    // Called once for each row with the codes in its band, rising; more than kInt16Candidates are cut off there.
+    void (*found)(void* context, int64_t row, const int32_t* codes, int64_t count);
+    void* context;
+};
+
 struct FilterKernel {
     void (*run)(const FilterBlock& block);
-    int64_t width;     // floats in a vector
-    int64_t row_tile;  // rows the register tile holds
+    void (*run_int16)(const Int16Block& block);  // may be missing
+    int64_t width;                               // 32-bit lanes of a vector
+    int64_t row_tile;                            // rows the register tile holds
 };
 
 FilterKernel filter_avx2();
 FilterKernel filter_avx512();
+FilterKernel filter_avx512vnni();
+FilterKernel filter_neon();
 
 }  // namespace meditok

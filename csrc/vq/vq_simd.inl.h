@@ -8,6 +8,8 @@
 // at the few chunks that reach it.
 
 constexpr int64_t kVectorsInTile = kTileCodes / kWidth;
+static_assert(kVectorsInTile % 2 == 0 && kMaxChunks % kWidth == 0,
+              "vectors fill tiles in pairs, and margins");
 
 template <int R>
 MEDITOK_INLINE void chunk_maxima(const float* x, int64_t width, const float* tiles, const float* bias,
@@ -63,32 +65,39 @@ void chunk_rows(const FilterBlock& block, int64_t chunk) {
     }
 }
 
-// Reports the codes of one chunk whose F + E reaches `threshold`.
-void rescan(const FilterBlock& block, int64_t row, int64_t chunk, float threshold) {
+// E(X, R) of vq_filter.h on vectors of radii.
+MEDITOK_INLINE Vec bound_vector(const FilterBlock& block, Vec norm, Vec radius) {
+    const Vec sum = add(norm, radius);
+    Vec error = mul(fill(block.bound.product), mul(radius, fma(fill(0.5f), radius, norm)));
+    error = fma(fill(block.bound.square), mul(sum, sum), error);
+    return fma(fill(block.bound.tiny), add(fill(1.0f), sum), error);
+}
+
+// Reports the codes of one chunk whose F + E reaches `threshold`; `margin` is the largest E of the chunk.
+MEDITOK_INLINE void rescan(const FilterBlock& block, int64_t row, int64_t chunk, float margin,
+                           float threshold) {
     const float* x = block.x + row * block.width;
-    const float x_norm = block.x_norm[row];
     const int64_t first = chunk * block.chunk_tiles;
     const int64_t left = block.tiles - first;
     const int64_t last = first + (left < block.chunk_tiles ? left : block.chunk_tiles);
-    const Vec product = fill(block.bound.product), square = fill(block.bound.square),
-              tiny = fill(block.bound.tiny);
-    const Vec norm = fill(x_norm), half = fill(0.5f), one = fill(1.0f), limit = fill(threshold);
+    const Vec norm = fill(block.x_norm[row]), limit = fill(threshold), widest = fill(margin);
     for (int64_t tile = first; tile < last; ++tile) {
-        for (int64_t part = 0; part < kTileCodes; part += kWidth) {
+        for (int64_t part = 0; part < kTileCodes; part += 2 * kWidth) {
             const float* code = block.view.tiles + tile * block.width * kTileCodes + part;
-            Vec value = load(block.view.bias + tile * kTileCodes + part);
-            for (int64_t column = 0; column < block.width; ++column) {
-                value = fma(fill(x[column]), load(code + column * kTileCodes), value);
+            const int64_t at = tile * kTileCodes + part;
+            Vec value[2] = {load(block.view.bias + at), load(block.view.bias + at + kWidth)};
+            for (int64_t column = 0; column < block.width; ++column, code += kTileCodes) {
+                const Vec element = fill(x[column]);
+                value[0] = fma(element, load(code), value[0]);
+                value[1] = fma(element, load(code + kWidth), value[1]);
             }
-            // bound_of on vectors
-            const Vec radius = load(block.view.radius + tile * kTileCodes + part);
-            const Vec sum = add(norm, radius);
-            Vec error = mul(product, mul(radius, fma(half, radius, norm)));
-            error = fma(square, mul(sum, sum), error);
-            error = fma(tiny, add(one, sum), error);
-            uint32_t mask = at_least(add(value, error), limit);
-            for (; mask != 0; mask &= mask - 1) {
-                block.candidate(block.context, row, tile * kTileCodes + part + __builtin_ctz(mask));
+            if (!at_least(add(max(value[0], value[1]), widest), limit)) continue;
+            for (int half = 0; half < 2; ++half) {
+                const Vec error = bound_vector(block, norm, load(block.view.radius + at + half * kWidth));
+                uint32_t mask = at_least(add(value[half], error), limit);
+                for (; mask != 0; mask &= mask - 1) {
+                    block.candidate(block.context, row, at + half * kWidth + __builtin_ctz(mask));
+                }
             }
         }
     }
@@ -96,23 +105,37 @@ void rescan(const FilterBlock& block, int64_t row, int64_t chunk, float threshol
 
 void find_candidates(const FilterBlock& block, int64_t row) {
     const float* lanes = block.lanes + row * block.chunks * kWidth;
+    float margin[kMaxChunks];  // the largest E of each chunk
+    const Vec norm = fill(block.x_norm[row]);
+    for (int64_t chunk = 0; chunk < block.chunks; chunk += kWidth) {
+        store(margin + chunk, bound_vector(block, norm, load(block.reach + chunk)));
+    }
     Vec lower = fill(-__builtin_inff());
     for (int64_t chunk = 0; chunk < block.chunks; ++chunk) {
-        const float margin = bound_of(block.bound, block.x_norm[row], block.reach[chunk]);
-        lower = max(lower, add(load(lanes + chunk * kWidth), fill(-margin)));
+        lower = max(lower, add(load(lanes + chunk * kWidth), fill(-margin[chunk])));
     }
     float best = largest(lower);
     best -= kSlack * (best < 0 ? -best : best);
-    for (int64_t chunk = 0; chunk < block.chunks; ++chunk) {
-        const float margin = bound_of(block.bound, block.x_norm[row], block.reach[chunk]);
-        if (at_least(add(load(lanes + chunk * kWidth), fill(margin)), fill(best)))
-            rescan(block, row, chunk, best);
+    const Vec limit = fill(best);
+    constexpr int64_t kTogether = 4;  // chunks ruled out by one comparison
+    for (int64_t start = 0; start < block.chunks; start += kTogether) {
+        const int64_t end = start + kTogether < block.chunks ? start + kTogether : block.chunks;
+        Vec upper = fill(-__builtin_inff());
+        for (int64_t chunk = start; chunk < end; ++chunk) {
+            upper = max(upper, add(load(lanes + chunk * kWidth), fill(margin[chunk])));
+        }
+        if (!at_least(upper, limit)) continue;
+        for (int64_t chunk = start; chunk < end; ++chunk) {
+            if (at_least(add(load(lanes + chunk * kWidth), fill(margin[chunk])), limit)) {
+                rescan(block, row, chunk, margin[chunk], best);
+            }
+        }
     }
 }
 
 void run_filter(const FilterBlock& block) {
-    for (int64_t chunk = 0; chunk < block.chunks; ++chunk) {
-        chunk_rows(block, chunk);
+    for (int64_t chunk = 0; chunk < kMaxChunks; ++chunk) {
+        if (chunk < block.chunks) chunk_rows(block, chunk);
         float reach = 0.0f;
         for (int64_t t = chunk * block.chunk_tiles; t < (chunk + 1) * block.chunk_tiles && t < block.tiles;
              ++t) {

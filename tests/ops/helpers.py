@@ -16,7 +16,10 @@ from meditok import native
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 METRICS = ("cosine", "l2")
-LEVELS = ("scalar", "avx2", "avx512")
+# The CPU kernels without those of an instruction set, as csrc/NAME.cpp.
+CPU_SOURCES = ("common/isa", "common/threads", "vq/vq_scalar", "vq/vq_pack", "vq/vq_cpu", "vq/vq_large_dim")
+CPU_SOURCES += ("vq/vq_train_quantize", "vq/vq_train_stats", "vq/vq_train_rows_scalar")
+LEVELS = ("scalar", "neon", "avx2", "avx512", "avx512vnni")  # worst first
 
 
 def has_native() -> bool:
@@ -109,6 +112,28 @@ def near_ties(codes: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Te
             row[column] = np.nextafter(row[column], np.float32(np.inf if generator.integers(2) else -np.inf))
     x = base[generator.integers(len(base), size=64)] + 0.3 * generator.standard_normal((64, width)).astype(np.float32)
     return torch.from_numpy(x)[:, None].contiguous(), torch.from_numpy(rows)[None].contiguous()
+
+
+def quantisation_edges(width: int, seed: int, rows: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, 1, C) and codebook (1, K, C) on which rounding to 16 bits errs as much as it can.
+
+    Elements are (integer + 1/2) / 32764 of the length, rounded apart by neighbours in one float32 ulp, so that codes
+    which tie after rounding, or swap, differ in truth; single large elements use the whole range.
+    """
+    generator = np.random.default_rng(seed)
+    direction = generator.standard_normal((6, width))
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    halves = (np.floor(direction * 32764) + 0.5) / 32764
+    offsets = generator.integers(-1, 2, size=(40, 6, width)) * generator.choice(
+        [0.0, 0.25, 0.4999, 0.5, 1.0], (40, 6, 1)
+    )
+    codes = (halves + offsets / 32764).reshape(-1, width)
+    single = np.eye(width)[generator.integers(width, size=20)] * generator.choice([-1.0, 1.0], (20, 1))
+    codes = np.concatenate([codes, single, single + 0.5 / 32764, np.ones((1, width)) / np.sqrt(width)])
+    codes = codes[generator.permutation(len(codes))]
+    near = codes[generator.integers(len(codes), size=rows)] + generator.integers(-1, 2, (rows, width)) * 0.5 / 32764
+    x = np.concatenate([near, near * 32764, near * 1e-3, np.sign(near), single])
+    return torch.from_numpy(x.astype(np.float32))[:, None], torch.from_numpy(codes.astype(np.float32))[None]
 
 
 def load_module(path: str | Path):

@@ -1,15 +1,15 @@
-// The CPU kernels with vq_avx512.cpp compiled against SIMDe, behind one C function: proves the AVX-512 source
-// on machines that cannot run it. Built by test_levels.py.
+// The CPU kernels with the AVX-512 files compiled against SIMDe, behind one C function: proves the AVX-512 sources
+// on machines that cannot run them. Built by test_levels.py.
 
 #include <vector>
 
 #include "common/isa.h"
 #include "vq/vq.h"
 
-extern "C" int assign(const float* x, const float* codebook, long rows, long groups, long codes, long width,
-                      int metric, int threads, long* ids) {
+extern "C" int assign(const char* level, const float* x, const float* codebook, long rows, long groups,
+                      long codes, long width, int metric, int threads, long* ids) {
     using namespace meditok;
-    if (choose_isa("avx512") != "avx512") return 1;
+    if (choose_isa(level) != level) return 1;
     const Codebook book{codebook, Dtype::kFloat32, groups, codes, width, codes * width, width, 1};
     const PackedLayout layout = packed_layout(groups, codes, width);
     std::vector<unsigned char> packed(layout.total_bytes + kAlignment);

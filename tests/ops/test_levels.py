@@ -16,6 +16,7 @@ from meditok import native
 from meditok.ops import reference
 
 from .helpers import (
+    CPU_SOURCES,
     LEVELS,
     METRICS,
     ROOT,
@@ -23,6 +24,7 @@ from .helpers import (
     assert_same_ids,
     levels_here,
     near_ties,
+    quantisation_edges,
     randn,
     run_python,
 )
@@ -112,8 +114,8 @@ def test_callers_in_many_threads_share_the_pool():
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """assign(x, codebook, metric, threads) through the AVX-512 source on SIMDe."""
+def library(tmp_path_factory):
+    """The CPU kernels with both AVX-512 sources on SIMDe."""
     header = Path("/usr/include/simde/x86/avx512.h")
     if not header.exists():
         pytest.skip("SIMDe is not installed (Debian package libsimde-dev)")
@@ -121,40 +123,65 @@ def emulated(tmp_path_factory):
         pytest.skip("g++ on x86_64 is needed")
     if not (ROOT / "csrc").is_dir():
         pytest.skip("the C++ sources are not beside the tests")
-    library = tmp_path_factory.mktemp("simde") / "libassign.so"
-    sources = ["common/isa.cpp", "common/threads.cpp", "vq/vq_scalar.cpp", "vq/vq_pack.cpp", "vq/vq_cpu.cpp"]
-    sources += ["vq/vq_avx512.cpp", "vq/vq_large_dim.cpp", "vq/vq_large_dim_avx512.cpp"]
-    sources += ["vq/vq_train_quantize.cpp", "vq/vq_train_stats.cpp", "vq/vq_train_rows_scalar.cpp"]
-    sources += ["vq/vq_train_rows_avx512.cpp"]
-    paths = [ROOT / "csrc" / name for name in sources]
-    flags = "-std=c++17 -O1 -fPIC -shared -pthread -mavx2 -mfma -ffp-contract=off -DMEDITOK_SIMDE".split()
-    command = [
-        "g++",
-        *flags,
+    folder = tmp_path_factory.mktemp("simde")
+    names = [*CPU_SOURCES, "vq/vq_avx512", "vq/vq_avx512vnni", "vq/vq_large_dim_avx512", "vq/vq_train_rows_avx512"]
+    sources = [*(ROOT / "csrc" / f"{name}.cpp" for name in names), ROOT / "tests/ops/simde_assign.cpp"]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    library = folder / "libassign.so"
+    flags = "-std=c++17 -O1 -fPIC -pthread -mavx2 -mfma -ffp-contract=off -DMEDITOK_SIMDE".split()
+    flags += [
         "-DMEDITOK_HAVE_AVX512",
+        "-DMEDITOK_HAVE_AVX512VNNI",
+        f"-I{ROOT / 'tests/ops/simde'}",
         f"-I{ROOT / 'csrc'}",
-        ROOT / "tests/ops/simde_assign.cpp",
     ]
-    result = subprocess.run([*command, *paths, "-o", library], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    compiling = [
+        subprocess.Popen(["g++", *flags, "-c", source, "-o", output], stderr=subprocess.PIPE, text=True)
+        for source, output in zip(sources, objects, strict=True)
+    ]
+    for process in compiling:
+        message = process.communicate()[1]
+        assert process.returncode == 0, message
+    subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", library], check=True)
     entry = ctypes.CDLL(str(library)).assign
-    entry.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_long] * 4 + [ctypes.c_int] * 2 + [ctypes.c_void_p]
+    entry.argtypes = [
+        ctypes.c_char_p,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_long] * 4,
+        *[ctypes.c_int] * 2,
+        ctypes.c_void_p,
+    ]
+    return entry
+
+
+@pytest.fixture(params=["avx512", "avx512vnni"])
+def emulated(library, request):
+    """assign(x, codebook, metric, threads) through one of them."""
 
     def assign(x, codebook, metric, threads=1):
         x, codebook = x.contiguous(), codebook.contiguous()
         ids = torch.empty(x.shape[:2], dtype=torch.int64)
         sizes = (*x.shape[:2], codebook.shape[1], x.shape[2])
         code = METRICS.index(metric)
-        assert entry(x.data_ptr(), codebook.data_ptr(), *sizes, code, threads, ids.data_ptr()) == 0
+        level = request.param.encode()
+        assert library(level, x.data_ptr(), codebook.data_ptr(), *sizes, code, threads, ids.data_ptr()) == 0
         return ids
 
     return assign
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_avx512_source_gives_the_same_ids(emulated, metric):
-    """Shapes around the tile edges, adversarial codebooks and near ties through the emulated AVX-512 file."""
+def test_the_avx512_sources_give_the_same_ids(emulated, metric):
+    """Shapes around the tile edges, adversarial codebooks and near ties through the emulated AVX-512 files."""
     for rows, codes, width in [
+        (100, 130, 33),  # wide rows: their own kernels
+        (25, 33, 330),
+        (1, 1, 3),
+        (5, 31, 2),
+        (9, 130, 5),
+        (13, 70, 12),
+        (11, 65, 17),
+        (5, 64, 32),
         (1, 1, 1),
         (7, 33, 3),
         (8, 257, 8),
@@ -167,6 +194,11 @@ def test_the_avx512_source_gives_the_same_ids(emulated, metric):
         x, codebook = randn(rows, 2, width), randn(2, codes, width, seed=1)
         expected = reference.vq_assign(x, codebook, metric=metric)
         assert_same_ids(emulated(x, codebook, metric), expected, f"{rows} {codes} {width}")
+    for width in (3, 8, 31, 32):
+        x, codebook = quantisation_edges(width, seed=width)
+        assert_same_ids(
+            emulated(x, codebook, metric), reference.vq_assign(x, codebook, metric=metric), f"edges {width}"
+        )
     ordinary = randn(40, 1, 8, seed=3)
     x = torch.cat([ordinary, torch.zeros(1, 1, 8), ordinary * 1e20, torch.full((1, 1, 8), torch.nan)])
     for name, codebook in adversarial_codebooks(333, 8).items():

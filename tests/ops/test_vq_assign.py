@@ -18,6 +18,7 @@ from .helpers import (
     assert_same_ids,
     levels_here,
     near_ties,
+    quantisation_edges,
     randn,
 )
 
@@ -102,6 +103,50 @@ def test_near_ties(level, metric, seed):
     x, codebook = near_ties(200, 8, seed)
     found = ops.vq_assign(x, codebook, metric=metric)
     assert_same_ids(found, reference.vq_assign(x, codebook, metric=metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 8, 11, 12, 13, 15, 16, 17, 18, 31, 32])
+def test_rounding_to_16_bits_loses_no_code(level, metric, width):
+    """Elements half-way between two 16-bit values, and single ones that fill the range, at every width class."""
+    x, codebook = quantisation_edges(width, seed=width)
+    for scale in (1.0, 3e-4, 1e-13):
+        book = codebook * scale
+        for rows in (x, x * scale):
+            expected = reference.vq_assign(rows, book, metric=metric)
+            assert_same_ids(ops.vq_assign(rows, book, metric=metric), expected, f"scale {scale}")
+
+
+def test_l2_rows_far_longer_than_the_codes_or_shorter(level):
+    """x from 2^-30 to 2^40 of the codes' length: outside the 16-bit filter's range others take over."""
+    codebook = randn(1, 300, 8, seed=1)
+    x = randn(71, 1, 8) * 2.0 ** torch.arange(-30.0, 41.0).view(-1, 1, 1)
+    expected = reference.vq_assign(x, codebook, metric="l2")
+    assert_same_ids(ops.vq_assign(x, codebook, metric="l2"), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_crowded_codes(level, metric):
+    """Hundreds of different codes inside the 16-bit band of every row: float32 and float64 sort them out."""
+    direction = randn(1, 1, 8, seed=1)
+    for spread in (1e-3, 1e-5, 1e-6):
+        codebook = torch.cat([direction + spread * randn(1, 400, 8, seed=2), randn(1, 100, 8, seed=3)], dim=1)
+        x = torch.cat([randn(15, 1, 8), direction.view(1, 1, 8) + spread * randn(15, 1, 8, seed=4)])
+        assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
+
+
+@pytest.mark.skipif(native.backend != "native", reason="the compiled core does not run")
+def test_every_row_of_a_block_may_take_another_path(level):
+    """Rows for the 16-bit filter, for float32, for the float64 loop and for none, side by side, keep their ids."""
+    x = randn(200, 2, 8)
+    x[::5] *= 1e30
+    x[1::7] = torch.nan
+    x[2::9] = 0.0
+    x = x.double()
+    x[3::11] *= 1e-200
+    codebook = randn(2, 130, 8, seed=1)
+    for metric in METRICS:
+        assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

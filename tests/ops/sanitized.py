@@ -1,0 +1,70 @@
+"""What .ci/run repeats with a core built under the sanitizers: every path and tile edge of the CPU kernels, once.
+
+Not collected by name (no `test_` prefix): without the sanitizers test_vq_assign.py shows more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from meditok import native, ops
+from meditok.ops import reference
+
+from .helpers import FLOATS, METRICS, adversarial_codebooks, assert_same_ids, levels_here, quantisation_edges, randn
+
+
+@pytest.fixture(params=levels_here())
+def level(request):
+    native.core.choose_isa(request.param)
+    yield request.param
+    native.core.choose_isa(native.isa)
+
+
+def test_the_core_is_the_sanitized_one():
+    """The library loaded here asks for the address sanitizer's functions."""
+    assert b"__asan_init" in Path(native.core.__file__).read_bytes()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_assign_and_lookup(level, metric):
+    """Edges of tiles and blocks, every dtype, strides, codebooks on which shortcuts fail."""
+    shapes = [
+        (0, 2, 5, 8),
+        (1, 1, 0, 4),
+        (1, 1, 1, 1),
+        (97, 2, 33, 8),
+        (7, 1, 1025, 3),
+        (5, 2, 129, 17),
+        (9, 1, 70, 33),
+    ]
+    for rows, groups, codes, width in [*shapes, (4, 1, 64, 32), (3, 1, 31, 700), (50, 1, 4099, 5)]:
+        x, codebook = randn(rows, groups, width), randn(groups, codes, width, seed=1)
+        ids = ops.vq_assign(x, codebook, metric=metric)
+        assert_same_ids(ids, reference.vq_assign(x, codebook, metric=metric), f"{rows} {codes} {width}")
+        ops.vq_lookup(ids, codebook, metric=metric)
+    for dtype in FLOATS:
+        x, codebook = randn(20, 3, 16, dtype=dtype)[::3, :, 1::2], randn(70, 8, 3, seed=1, dtype=dtype).permute(2, 0, 1)
+        assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
+    x = torch.cat([randn(9, 1, 8), torch.zeros(1, 1, 8), randn(2, 1, 8) * 1e30, torch.full((1, 1, 8), torch.nan)])
+    for name, codebook in adversarial_codebooks(133, 8).items():
+        assert_same_ids(
+            ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric), name
+        )
+    x, codebook = quantisation_edges(8, seed=1)
+    assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_training_pass(level, metric):
+    """Forward, loss, counts and both gradients, with masked rows."""
+    for rows, groups, codes, width in [(1, 1, 1, 1), (97, 2, 33, 8), (9, 1, 70, 33)]:
+        x = randn(rows, groups, width).requires_grad_()
+        codebook = randn(groups, codes, width, seed=1).requires_grad_()
+        mask = torch.arange(rows) % 3 != 1
+        z, ids, loss, counts = ops.vq_quantize(x, codebook, metric=metric, mask=mask)
+        (z.square().sum() + loss).backward()
+        assert int(counts.sum()) == int(mask.sum()) * groups and x.grad.isfinite().all()
+        ops.vq_stats(x.detach(), ids, codes)
