@@ -12,16 +12,9 @@ import torch
 
 from meditok.ops import reference
 
-from .helpers import METRICS, ROOT, adversarial_codebooks, near_ties, randn
+from .helpers import CPU_SOURCES, METRICS, ROOT, adversarial_codebooks, near_ties, randn
 
-SOURCES = [
-    "common/isa.cpp",
-    "common/threads.cpp",
-    "vq/vq_scalar.cpp",
-    "vq/vq_pack.cpp",
-    "vq/vq_cpu.cpp",
-    "vq/vq_neon.cpp",
-]
+SOURCES = (*CPU_SOURCES, "vq/vq_neon", "vq/vq_large_dim_neon")
 
 
 def compiler() -> tuple[str, list[str]]:
@@ -41,7 +34,7 @@ def run(tmp_path_factory):
         pytest.skip("the C++ sources are not beside the tests")
     gxx, emulator = compiler()
     folder = tmp_path_factory.mktemp("neon")
-    paths = [ROOT / "csrc" / name for name in SOURCES]
+    paths = [ROOT / "csrc" / f"{name}.cpp" for name in SOURCES]
     flags = "-std=c++17 -O2 -static -pthread -ffp-contract=off -Wall -Wextra -Werror -DMEDITOK_HAVE_NEON".split()
     objects = [folder / f"{i}.o" for i in range(len(paths) + 1)]
     program = folder / "check_ids"
