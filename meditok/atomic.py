@@ -27,7 +27,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             _try_lock(file)  # until the rename, see remove_leftovers
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.chmod(0o666 & ~_umask())  # mkstemp gives 0600; an ordinary file follows the umask
             if os.name != "nt":
                 os.replace(temporary, path)
@@ -36,7 +36,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open a folder
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "Say what files are, and what would fail.",
     "demo": "Tokenise a few real scans and show the result.",
     "doctor": "Say what is installed, compiled and usable.",
+    "train": "Train a tokenizer from a config and images.",
     "convert": "Turn a published checkpoint into safetensors.",
 }
 

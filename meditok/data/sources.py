@@ -220,7 +220,7 @@ def _expand(item: str, discovery: Discovery, found: list[_Found]) -> None:
                 elif os.path.exists(path) and not os.path.isfile(path):
                     discovery.ignored.append((path, "a pipe or device"))  # opening a pipe would wait for ever
                 elif file.lower().endswith(".tar"):
-                    _expand_tar(path, name, discovery, found)
+                    _expand_tar(path, name, discovery, found, labels)
                 else:
                     found.append(_Found(Blob.of(path), name, False, labels.get(name, {})))
     elif os.path.isfile(item):
@@ -249,11 +249,14 @@ def _fixed_parts(pattern: str) -> list[str]:
     return parts
 
 
-def _expand_tar(path: str, name: str, discovery: Discovery, found: list[_Found]) -> None:
+def _expand_tar(path: str, name: str, discovery: Discovery, found: list[_Found], labels: dict | None = None) -> None:
+    """Members of a tar; a folder's manifest labels them as "<tar>#<member>"."""
     members, ignored, failed = archives.read_tar(path)
     discovery.ignored += ignored
     discovery.failed += failed
-    found += [_Found(member.blob, f"{name}/{member.name}", False, member.columns) for member in members]
+    for member in members:
+        columns = (labels or {}).get(f"{name}#{member.name}", {}) | member.columns
+        found.append(_Found(member.blob, f"{name}/{member.name}", False, columns))
 
 
 def _expand_manifest(path: str, discovery: Discovery, found: list[_Found]) -> None:

@@ -1,0 +1,98 @@
+"""Checkpoints: a folder `step-00000006` with every tensor in one safetensors file and the rest in JSON.
+
+A checkpoint appears whole under its name or not at all; nothing is pickled. What is drawn at random depends on (seed,
+sample or step, rank) alone, so the step is all a run must know of its random state and of its place in the data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..atomic import sync, write_text
+from ..errors import BadInputError, UsageError
+from .config import FREE, TrainConfig
+
+FORMAT = 1
+FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def save(out: Path, step: int, tensors: dict[str, torch.Tensor], values: dict, *, keep: int) -> Path:
+    """Write the state after `step` steps; the oldest beyond `keep` are removed once this one stands."""
+    folder = out / FOLDER / f"step-{step:08d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, work / "state.safetensors"
+    )
+    sync(work / "state.safetensors")
+    write_text(work / "state.json", json.dumps({"format": FORMAT, "step": step} | values, indent=1) + "\n")
+    if folder.exists():  # of a run that went back to an earlier step
+        shutil.rmtree(folder)
+    os.replace(work, folder)
+    sync(folder.parent)
+    for old in existing(out)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def existing(out: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [path for path in (out / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name)
+
+
+def load(folder: Path, config: TrainConfig, data: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, values) of a checkpoint. BadInputError: damaged; UsageError: made with other settings or data."""
+    try:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInputError(
+            f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0]}); "
+            "remove it to go on from the one before, or pass --fresh"
+        ) from None
+    if values.get("format") != FORMAT:
+        raise BadInputError(f"{folder}: format {values.get('format')}, this version reads {FORMAT}; pass --fresh")
+    changed = differences(values["config"], config)
+    if values["data"] != data:
+        changed.append("the images it is trained on")
+    if changed:
+        raise UsageError(f"{folder}: made with other settings ({'; '.join(changed)}); give the same, or --fresh")
+    return tensors, values
+
+
+def differences(before: dict, config: TrainConfig) -> list[str]:
+    """Settings that decide the weights and are not what they were: "lr 0.001, now 0.002"."""
+    now = json.loads(json.dumps(config.to_dict()))  # tuples as lists, as the file has them
+    return [
+        f"{key} {before.get(key)!r}, now {now[key]!r}" for key in now if key not in FREE and before.get(key) != now[key]
+    ]
+
+
+def flatten_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The per-parameter state of an optimiser as tensors PREFIX.INDEX.KEY."""
+    return {
+        f"{prefix}.{index}.{key}": torch.as_tensor(value)
+        for index, entries in optimizer.state_dict()["state"].items()
+        for key, value in entries.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of `flatten_optimizer`, the prefix taken off."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,233 @@
+"""Training images: found as every command finds them, checked before the first step, read by position.
+
+Sample i of a run is a function of (seed, i) alone: which image, which window, which view. So neither the number of
+processes nor of workers nor an interruption changes what is seen, and a resumed run needs no state of the data.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..data import discover
+from ..data.augment import Augmentation, resize
+from ..data.options import ReadOptions
+from ..data.sources import Source
+from ..data.windows import random_ct_window
+from ..errors import BadInputError, MeditokError, UsageError
+from .config import TrainConfig
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture that may be drawn: a frame of a source, and what is known of it."""
+
+    source: Source
+    frame: int
+    caption: str
+    modality: str
+
+
+@dataclass
+class Batch:
+    """What a step sees: images (B, 3, S, S) float32 in [-1, 1], texts, and the run's sample numbers."""
+
+    images: torch.Tensor
+    captions: list[str]
+    modalities: list[str]
+    samples: list[int]
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(self, images=self.images.to(device, non_blocking=True))
+
+    def describe(self) -> str:
+        """Names the batch in an error without naming a file."""
+        return f"samples {self.samples[0]}..{self.samples[-1]}"
+
+
+def find_items(config: TrainConfig) -> list[Item]:
+    """Every usable picture, in a fixed order. BadInputError lists up to 20 that cannot be used; UsageError: none."""
+    if not config.data:
+        raise UsageError("train: no data; pass --data=PATH (a folder, manifest or tar, several joined by commas)")
+    found = discover(config.data.split(","), ReadOptions())
+    failed = [(path, error) for path, error in found.failed if not config.include]
+    items: list[Item] = []
+    left_out: Counter = Counter()
+    for source in found.sources:
+        reason = _unwanted(source, config)
+        if reason:
+            left_out[reason] += 1
+            continue
+        try:
+            items += _items(source, config)
+        except MeditokError as error:
+            failed.append((source.path, error))
+    if failed:
+        shown = "; ".join(str(error) for _, error in failed[:_SHOWN])
+        more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
+        raise BadInputError(f"{config.data}: {len(failed)} inputs cannot be trained on: {shown}{more}")
+    if not items:
+        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no image in it"
+        raise BadInputError(f"{config.data}: nothing to train on ({why}); check --split and --weights_ok")
+    return items
+
+
+def _unwanted(source: Source, config: TrainConfig) -> str:
+    columns = source.columns
+    if config.include and not fnmatch.fnmatch(source.name, config.include):
+        return f"not named {config.include}"
+    if config.split and str(columns.get("split") or config.split) != config.split:
+        return f"not of split {config.split}"
+    if config.weights_ok and columns.get("weights_ok") != "yes":
+        return "without weights_ok = yes"
+    return ""
+
+
+def _items(source: Source, config: TrainConfig) -> list[Item]:
+    reader = source.open()
+    columns = source.columns
+    modality = str(columns.get("modality") or source.modality or "other")
+    text = columns.get(config.caption)
+    if config.caption == "modality":
+        text = f"A {modality} image"
+    if config.target == "text" and not text:
+        raise BadInputError(f"{source.path}: no {config.caption} for it; add the column, or --caption=modality")
+    return [Item(source, frame, str(text or ""), modality) for frame in range(reader.frames)]
+
+
+def list_hash(items: Sequence[Item]) -> str:
+    """SHA-256 over the sorted names of what is trained on."""
+    names = sorted(f"{item.source.name}#{item.frame}" for item in items)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+class Samples(torch.utils.data.Dataset):
+    """Sample i of a run: (image (3, S, S), caption, modality, i)."""
+
+    def __init__(self, items: Sequence[Item], config: TrainConfig):
+        self.items, self.config = items, config
+        self.view = Augmentation(config.size, config.crop_scale, config.crop_ratio, grayscale=config.grayscale)
+        self.weights = modality_weights([item.modality for item in items], config.balance)
+
+    def __len__(self) -> int:
+        return self.config.steps * self.config.batch
+
+    def __getitem__(self, sample: int):
+        item = self.items[self.pick(sample)]
+        random = np.random.default_rng((self.config.seed, 1, sample))
+        generator = torch.Generator().manual_seed(int(random.integers(2**63)))
+        image = read(item, random)
+        return self.view(image, generator), item.caption, item.modality, sample
+
+    def pick(self, sample: int) -> int:
+        """Index of the image that sample i shows: a new permutation every pass, or a weighted draw."""
+        if self.weights is None:
+            passes, place = divmod(sample, len(self.items))
+            return _permutation(self.config.seed, passes, len(self.items))[place]
+        random = np.random.default_rng((self.config.seed, 2, sample))
+        return int(np.searchsorted(self.weights, random.random(), side="right"))
+
+
+_permutations: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(seed: int, passes: int, count: int) -> np.ndarray:
+    key = (seed, passes, count)
+    if key not in _permutations:
+        for old in [k for k in _permutations if k[1] < passes - 1]:
+            del _permutations[old]
+        _permutations[key] = np.random.default_rng((seed, 0, passes)).permutation(count)
+    return _permutations[key]
+
+
+def modality_weights(modalities: Sequence[str], balance: float) -> np.ndarray | None:
+    """Cumulative probability of each image: count^-balance of its modality, or None for a plain permutation."""
+    if not balance:
+        return None
+    counts = Counter(modalities)
+    weights = np.array([counts[modality] ** -balance for modality in modalities], dtype=np.float64)
+    return np.cumsum(weights / weights.sum())
+
+
+def read(item: Item, random: np.random.Generator) -> torch.Tensor:
+    """Pixels (3, H, W) in [-1, 1]; a CT in Hounsfield units through a window drawn as in training."""
+    options = item.source.options
+    if item.source.modality == "ct" and not options.display:
+        options = replace(options, window=random_ct_window(random), mixed=True)
+    reader = replace(item.source, options=options).open()
+    if hasattr(reader, "prepare"):
+        reader.prepare()
+    return reader.image(item.frame).pixels
+
+
+def collate(samples: list) -> Batch:
+    images, captions, modalities, numbers = zip(*samples, strict=True)
+    return Batch(torch.stack(images), list(captions), list(modalities), list(numbers))
+
+
+def batches(items: Sequence[Item], config: TrainConfig, *, start: int, rank: int, world: int) -> Iterator[Batch]:
+    """Micro-batches of this rank from step `start` on. Every rank takes a contiguous part of each micro-batch."""
+    micro = config.batch // config.accumulate
+    if micro % world:
+        raise UsageError(f"batch {config.batch} in {config.accumulate} parts does not divide by {world} processes")
+    share = micro // world
+    loader = torch.utils.data.DataLoader(
+        Samples(items, config),
+        batch_sampler=_Parts(start * config.batch + rank * share, config.steps * config.batch, micro, share),
+        collate_fn=collate,
+        num_workers=config.workers,
+        multiprocessing_context=_workers() if config.workers else None,
+    )
+    yield from loader
+
+
+def _workers() -> multiprocessing.context.BaseContext:
+    """Workers forked from a server that has this module and no CUDA context, threads or model of ours."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Sample numbers of one rank, micro-batch by micro-batch; made as they are needed, for runs of any length."""
+
+    first: int
+    end: int
+    step: int
+    share: int
+
+    def __iter__(self):
+        for start in range(self.first, self.end, self.step):
+            yield list(range(start, start + self.share))
+
+
+def held_out(items: Sequence[Item], config: TrainConfig, count: int) -> Batch:
+    """The first `count` images spread evenly over the list, unaugmented: what reconstruction sheets show."""
+    chosen = [items[index] for index in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+    plain = [item.source.open() for item in chosen]
+    images = []
+    for reader, item in zip(plain, chosen, strict=True):
+        if hasattr(reader, "prepare"):
+            reader.prepare()
+        images.append(resize(reader.image(item.frame).pixels, config.size))
+    return Batch(torch.stack(images), [i.caption for i in chosen], [i.modality for i in chosen], [0] * len(chosen))
+
+
+def passes(items: Sequence[Item], config: TrainConfig) -> float:
+    """How often the run shows every image, on average."""
+    return config.steps * config.batch / max(1, len(items))
+
+
+def steps_a_pass(items: Sequence[Item], config: TrainConfig) -> int:
+    return max(1, math.ceil(len(items) / config.batch))

@@ -1,0 +1,69 @@
+"""The processes of a run: one alone, or many under torchrun, with the few agreements they need.
+
+Every collective is made by every rank in the same order, whatever its batch; the timeout bounds how long a rank waits
+for one that died.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=float(os.environ.get("MEDITOK_DIST_TIMEOUT", "600")))
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def average_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' integers."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """The world torchrun describes in the environment, or this process alone; gloo on CPU, NCCL on CUDA."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    cuda = device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, place)
+    finally:
+        dist.destroy_process_group()

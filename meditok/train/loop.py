@@ -1,0 +1,274 @@
+"""The training loop. It knows no model: a task gives phases, a dict of losses for each, and what to keep.
+
+One step: for every active phase in turn, for every micro-batch, losses -> sum -> backward; then clip, schedule and one
+optimiser step; then the task's own end of step (codebook update, clamps) and the average of the weights. Everything
+drawn at random is drawn from (seed, step, rank), so a run that is killed goes on bit for bit from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..atomic import write_text
+from ..errors import MeditokError, UsageError
+from . import checkpoint
+from .config import TrainConfig
+from .data import Batch
+from .distributed import World
+from .optim import average_
+
+LOG = "log.csv"
+WEIGHTS = "model.safetensors"
+
+
+class NonFiniteLossError(MeditokError, FloatingPointError):
+    """A loss that is NaN or infinite; every process stops with the same message."""
+
+
+class Task(Protocol):
+    """What the loop asks of a task. `modules` maps each phase, in order, to the module its optimiser trains."""
+
+    modules: dict[str, nn.Module]
+    terms: tuple[str, ...]  # every loss there can be, in the order of the log
+    averaged: str  # the phase whose module's weights are averaged and exported
+
+    def optimizer(self, phase: str) -> torch.optim.Optimizer: ...
+
+    def learning_rate(self, phase: str, step: int) -> float: ...
+
+    def active(self, phase: str, step: int) -> bool: ...
+
+    def losses(self, phase: str, call: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+        """Weighted terms, float32 scalars; their sum is differentiated. `call` holds the modules as wrapped."""
+
+    def finish_step(self, step: int) -> None: ...
+
+    def health(self) -> dict[str, float]:
+        """Extra columns of the log."""
+
+    def export(self, path: Path, weights: dict[str, Tensor]) -> None:
+        """Write the final weights."""
+
+
+class Run:
+    """The state of one run: what a checkpoint holds, and how it comes back."""
+
+    def __init__(self, task: Task, config: TrainConfig, out: Path, world: World, data: str):
+        self.task, self.config, self.out, self.world, self.data = task, config, out, world, data
+        self.step = 0
+        for module in task.modules.values():
+            module.to(world.device)
+        self.optimizers = {phase: task.optimizer(phase) for phase in task.modules}
+        half = config.precision == "fp16"
+        self.scalers = {phase: torch.amp.GradScaler(world.device.type, enabled=half) for phase in task.modules}
+        self.average: dict[str, Tensor] = {}
+        if config.ema:
+            state = task.modules[task.averaged].state_dict()
+            self.average = {name: value.detach().clone() for name, value in state.items()}
+
+    def wrapped(self) -> dict[str, nn.Module]:
+        """The modules as the task calls them: with gradients averaged over the ranks."""
+        if self.world.size == 1:
+            return dict(self.task.modules)
+        device = [self.world.device] if self.world.device.type == "cuda" else None
+        return {
+            phase: DistributedDataParallel(module, device, broadcast_buffers=False)
+            for phase, module in self.task.modules.items()
+        }
+
+    def save(self) -> None:
+        if self.world.first:
+            tensors = {f"average.{name}": value for name, value in self.average.items()}
+            for phase, module in self.task.modules.items():
+                tensors |= {f"module.{phase}.{name}": value for name, value in module.state_dict().items()}
+                tensors |= checkpoint.flatten_optimizer(f"optimizer.{phase}", self.optimizers[phase])
+            values = {
+                "config": self.config.to_dict(),
+                "data": self.data,
+                "scalers": {phase: scaler.state_dict() for phase, scaler in self.scalers.items()},
+            }
+            checkpoint.save(self.out, self.step, tensors, values, keep=self.config.keep)
+        self.world.wait()
+
+    def resume(self) -> bool:
+        """Go on from the last checkpoint, if there is one. Errors as `checkpoint.load`; nothing is skipped."""
+        found = checkpoint.existing(self.out)
+        if not found:
+            return False
+        tensors, values = checkpoint.load(found[-1], self.config, self.data)
+        for phase, module in self.task.modules.items():
+            module.load_state_dict(_part(tensors, f"module.{phase}."))
+            checkpoint.restore_optimizer(self.optimizers[phase], _part(tensors, f"optimizer.{phase}."))
+            self.scalers[phase].load_state_dict(values["scalers"][phase])
+        average = _part(tensors, "average.")
+        self.average = {name: average[name].to(self.world.device) for name in self.average}
+        self.step = values["step"]
+        return True
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def start_over(out: Path) -> None:
+    """Remove what an earlier run left in `out`, and nothing else."""
+    shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
+    for name in (LOG, WEIGHTS):
+        (out / name).unlink(missing_ok=True)
+
+
+def train(
+    task: Task,
+    batches: Callable[[int], Iterable[Batch]],
+    config: TrainConfig,
+    out: Path,
+    world: World,
+    *,
+    data: str = "",
+    report: Callable[[dict], None] = lambda row: None,
+    sheet: Callable[[int], None] = lambda step: None,
+) -> Path:
+    """Run to `config.steps` and write model.safetensors; returns its path.
+
+    `batches(step)` gives this rank's micro-batches from that step on; `data` names what they are made of, and a run
+    goes on only with the same. NonFiniteLossError on every rank when any rank's loss is not finite; the last
+    checkpoint stays.
+    """
+    run = Run(task, config, out, world, data)
+    if run.resume():
+        report({"resumed": run.step})
+    log = Log(out / LOG, ("loss_total", *task.terms), run.step, write=world.first)
+    call = run.wrapped()
+    source = iter(batches(run.step))
+    clock = time.perf_counter()
+    shown = run.step
+    while run.step < config.steps:
+        torch.manual_seed(_mixed(config.seed, run.step, world.rank))
+        row = _step(run, call, [next(source) for _ in range(config.accumulate)])
+        run.step += 1
+        if run.step % config.log_every == 0 or run.step == config.steps:
+            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+            row["images_per_s"] = (run.step - shown) * config.batch / elapsed
+            shown = run.step
+            row = {"step": run.step} | _averaged(row, world) | task.health()
+            log.write(row)
+            report(row)
+        if world.first and (run.step % config.sheet_every == 0 or run.step == config.steps):
+            sheet(run.step)
+        if run.step % config.save_every == 0 and run.step < config.steps:
+            run.save()
+    run.save()
+    weights = run.average or task.modules[task.averaged].state_dict()
+    if world.first:
+        task.export(out / WEIGHTS, weights)
+    world.wait()
+    return out / WEIGHTS
+
+
+def _step(run: Run, call: dict[str, nn.Module], micro: list[Batch]) -> dict[str, float]:
+    """One optimiser step of every active phase; the losses, averaged over the micro-batches."""
+    config, task = run.config, run.task
+    row: dict[str, float] = dict.fromkeys(("loss_total", *task.terms), 0.0)
+    for index, (phase, module) in enumerate(task.modules.items()):
+        if not task.active(phase, run.step):
+            continue
+        optimizer, scaler = run.optimizers[phase], run.scalers[phase]
+        optimizer.zero_grad(set_to_none=True)
+        for number, batch in enumerate(micro):
+            with _synchronised(call[phase], last=number == len(micro) - 1):
+                terms = task.losses(phase, call, batch.to(run.world.device), run.step)
+                _check(terms, batch, run)
+                total = torch.stack(list(terms.values())).sum()
+                scaler.scale(total / len(micro)).backward()
+            for name, value in terms.items():
+                row[name] += value.item() / len(micro)
+            row["loss_total"] += total.item() / len(micro) if index == 0 else 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = task.learning_rate(phase, run.step)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+        if index == 0:
+            row |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+        scaler.step(optimizer)
+        scaler.update()
+    task.finish_step(run.step)
+    if run.average:
+        average_(run.average, task.modules[task.averaged], config.ema, run.step)
+    return row
+
+
+def _synchronised(module: nn.Module, *, last: bool):
+    """Gradients meet once a step: only the last micro-batch's backward pass reduces them."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return torch.enable_grad()
+
+
+def _check(terms: dict[str, Tensor], batch: Batch, run: Run) -> None:
+    """Every rank stops, with the same words, if a term of any rank is not finite."""
+    values = torch.stack([value.detach() for value in terms.values()]).tolist()
+    bad = next((place for place, value in enumerate(values) if not math.isfinite(value)), -1)
+    worst = run.world.largest((bad + 1) * run.world.size + run.world.rank if bad >= 0 else -1)
+    if worst < 0:
+        return
+    place, rank = divmod(worst, run.world.size)
+    raise NonFiniteLossError(
+        f"step {run.step + 1}: loss {list(terms)[place - 1]} is not finite on rank {rank} "
+        f"(samples from {batch.samples[0] + (rank - run.world.rank) * len(batch.samples)}); "
+        f"the last checkpoint stays; lower the learning rate, or look at that data"
+    )
+
+
+def _averaged(row: dict[str, float], world: World) -> dict[str, float]:
+    values = torch.tensor(list(row.values()), dtype=torch.float64, device=world.device)
+    return dict(zip(row, world.average_(values).tolist(), strict=True))
+
+
+def _mixed(seed: int, step: int, rank: int) -> int:
+    """A 64-bit seed of three counters (splitmix64's finaliser)."""
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
+
+class Log:
+    """log.csv: a header, then a row every `log_every` steps; rows past the step resumed from are dropped."""
+
+    def __init__(self, path: Path, terms: tuple[str, ...], step: int, *, write: bool):
+        self.path, self.terms, self.active = path, terms, write
+        if not write:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and step else []
+        kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and _step_of(line) <= step]
+        write_text(path, "".join(kept))
+
+    def write(self, row: dict[str, float]) -> None:
+        if not self.active:
+            return
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if not self.path.stat().st_size:
+            writer.writerow(row)
+        writer.writerow([value if isinstance(value, int) else f"{value:.6g}" for value in row.values()])
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text.getvalue())
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(line.partition(",")[0])
+    except ValueError:
+        raise UsageError(f"{LOG}: its line {line.strip()[:40]!r} is not a step; move the file away") from None

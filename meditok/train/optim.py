@@ -1,0 +1,47 @@
+"""Optimiser groups, the learning-rate schedule and the average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+NO_DECAY = ("norm_scale", "bn", "ln", "bias", "logit_scale")  # parts of names, as published
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Trained parameters in two groups; vectors, scalars and the names above do not decay, codebooks do."""
+    groups: dict[bool, list] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, steps: int, final: float) -> float:
+    """Linear from 0 over `warmup` steps, then a cosine to `final` x peak at the last one.
+
+    Published: factor = final + (1 - final) (0.5 + 0.5 cos(pi p)), p = (step - warmup) / (steps - warmup - 1).
+    """
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup - 1)
+    return peak * (final + (1 - final) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))))
+
+
+@torch.no_grad()
+def average_(average: dict[str, torch.Tensor], module: nn.Module, decay: float, step: int) -> None:
+    """Exponential average of every float entry of the state dict in place; the others are copied.
+
+    The decay grows as (1 + step) / (10 + step) until it reaches `decay`, so that the start is forgotten.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for name, value in module.state_dict().items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1 - decay)
+        else:
+            average[name].copy_(value)

@@ -1,0 +1,71 @@
+"""One training run from a config: data found and checked, task built, loop run, sheets drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..atomic import atomic_path, write_text
+from . import distributed, loop
+from .config import TrainConfig
+from .data import Batch, Item, batches, find_items, held_out, list_hash
+from .tasks.alignment import Alignment
+
+SHEET_IMAGES = 8
+CONFIG_FILE = "config.json"
+
+
+def start(
+    config: TrainConfig, out: Path, *, device: str = "auto", fresh: bool = False, report: Callable[[dict], None]
+) -> Path:
+    """Train to the end, or go on where an interrupted run of the same settings stopped; returns the weights' path.
+
+    Every image is looked at before the first step. Errors as find_items, checkpoint.load and loop.train.
+    """
+    items = find_items(config)
+    with distributed.world(device) as world:
+        if fresh and world.first:
+            loop.start_over(out)
+        world.wait()
+        task = Alignment(config, world)
+        if world.first:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / CONFIG_FILE, _as_json(config, items))
+        shown = held_out(items, config, SHEET_IMAGES)
+        return loop.train(
+            task,
+            lambda step: batches(items, config, start=step, rank=world.rank, world=world.size),
+            config,
+            out,
+            world,
+            data=list_hash(items),
+            report=report if world.first else lambda row: None,
+            sheet=lambda step: draw_sheet(task, shown, out / f"sheet-{step:08d}.png"),
+        )
+
+
+def _as_json(config: TrainConfig, items: list[Item]) -> str:
+    record = {"config": config.to_dict(), "images": len(items), "list_sha256": list_hash(items)}
+    return json.dumps(record, indent=1) + "\n"
+
+
+@torch.no_grad()
+def draw_sheet(task: Alignment, batch: Batch, path: Path) -> None:
+    """Originals above, reconstructions below, as one PNG."""
+    from PIL import Image
+
+    from ..data.windows import to_display8
+
+    core = task.modules["generator"].core
+    training = core.training
+    core.eval()
+    recon = core.reconstruct(batch.images.to(core.device)).cpu()
+    core.train(training)
+    rows = [torch.cat(list(to_display8(images)), dim=2) for images in (batch.images, recon)]
+    sheet = torch.cat(rows, dim=1).permute(1, 2, 0).contiguous().numpy().astype(np.uint8)
+    with atomic_path(path) as temporary:
+        Image.fromarray(sheet).save(temporary, format="PNG")

@@ -1,0 +1,1 @@
+"""What can be trained: each task gives the loop its phases, losses and optimiser groups."""

@@ -1,0 +1,230 @@
+"""MedITok's two stages (arXiv 2505.19225): reconstruction with an adversary, and alignment with a frozen teacher.
+
+Both stages are this one task; a config says what images are aligned with: the features of a frozen vision tower on the
+same image (stage 1), or those of a frozen text tower on its caption (stage 2).
+
+    generator       l1 |r - x| + l2 (r - x)^2 + perceptual + vq + g w adversarial + contrastive InfoNCE
+    discriminator   hinge + consistency, on the reconstructions of the generator's phase
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...models.discriminator import build_discriminator
+from ...models.files import build as build_model
+from ...models.files import load, model_from_state, write_model
+from ...models.teachers import load_text, load_vision
+from ...models.tokenizer import Tokenizer, TrainingOutput
+from ...objectives import adversarial, contrastive, diffaug, reconstruction
+from ...objectives.perceptual import build_perceptual
+from ..config import TrainConfig
+from ..data import Batch
+from ..distributed import World
+from ..optim import learning_rate, parameter_groups
+
+
+class Outputs(NamedTuple):
+    """A training pass of the generator."""
+
+    model: TrainingOutput
+    target: Tensor | None  # (B, E) the teacher's features in the shared space
+    scale: Tensor | None  # () logarithm of the temperature's inverse
+
+
+class Aligned(nn.Module):
+    """The tokenizer and the trained head on the teacher's features: LayerNorm and a linear map to the shared space."""
+
+    def __init__(self, tokenizer: Tokenizer, teacher_width: int):
+        super().__init__()
+        self.core = tokenizer
+        self.aligns = teacher_width > 0
+        if self.aligns:
+            self.text_fc_norm = nn.LayerNorm(teacher_width, eps=1e-6)
+            self.text_projection = nn.Linear(teacher_width, tokenizer.config.embed_dim)
+
+    def forward(self, images: Tensor, teacher: Tensor | None) -> Outputs:
+        """images (B, 3, H, W) in [-1, 1]; teacher (B, teacher_width) or None."""
+        out = self.core(images)
+        if not self.aligns:
+            return Outputs(out, None, None)
+        return Outputs(out, self.text_projection(self.text_fc_norm(teacher)), self.core.logit_scale)
+
+
+def recompute(core: Tokenizer) -> None:
+    """Keep only the inputs of each block for the backward pass, and compute the rest again there."""
+    decoder = core.decoder
+    for block in (*core.encoder.blocks, *decoder.blocks, *decoder.up_conv2, *decoder.up_conv3, decoder.up_conv4):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class Alignment:
+    """The task of both stages; see train.loop.Task."""
+
+    averaged = "generator"
+
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.world = config, world
+        torch.manual_seed(config.seed)  # heads and discriminator start alike on every rank and in every process
+        core = (
+            load(config.init, device="cpu")
+            if config.init
+            else build_model(config.preset, seed=config.seed, **config.model)
+        )
+        core.precision = config.precision
+        core.quantizer.save_state = True
+        core.quantizer.revive = config.revive
+        core.quantizer.entropy_weight, core.quantizer.entropy_temperature = config.entropy, config.entropy_temperature
+        core.quantizer.codebook_update = config.codebook_update  # from here on the state is part of checkpoints
+        if config.checkpointing:
+            recompute(core)
+        self.teacher = self._teacher() if config.contrastive else None
+        generator = Aligned(core.train(), self.teacher.width if self.teacher else 0)
+        if not self.teacher and core.config.embed_dim:  # heads that no loss reaches
+            for part in (core.fc_norm, core.projection):
+                part.requires_grad_(False)
+            core.logit_scale.requires_grad_(False)
+        self.modules: dict[str, nn.Module] = {"generator": generator}
+        self.terms: tuple[str, ...] = ("l1", "l2", "vq")
+        self.perceptual = None
+        if config.perceptual:
+            self.perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights).to(world.device)
+            self.terms += ("perceptual",)
+        if config.contrastive:
+            self.terms += ("contrastive",)
+        if config.adversarial:
+            discriminator = build_discriminator(config.discriminator, config.discriminator_weights)
+            self.modules["discriminator"] = discriminator.train()
+            self.terms += ("adversarial", "hinge", "consistency")
+        self.weight = 0.0  # the adaptive one, last used
+        self.usage = 0.0
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # images and reconstructions of this step's micro-batches
+
+    def _teacher(self):
+        load_teacher = load_vision if self.config.target == "image" else load_text
+        return load_teacher(self.config.teacher, self.config.teacher_weights).to(self.world.device)
+
+    # ---- what the loop asks --------------------------------------------------------------------------------------
+
+    def optimizer(self, phase: str) -> torch.optim.Optimizer:
+        config = self.config
+        if phase == "generator":
+            groups = parameter_groups(self.modules[phase], config.weight_decay)
+            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        groups = parameter_groups(self.modules[phase], config.disc_weight_decay)
+        return torch.optim.AdamW(groups, lr=config.disc_lr, betas=config.disc_betas, eps=config.eps)
+
+    def learning_rate(self, phase: str, step: int) -> float:
+        config = self.config
+        if phase == "generator":
+            peak, warmup, first = config.lr, config.warmup, 0
+        else:
+            peak, warmup, first = config.disc_lr, config.disc_warmup, config.adversarial_start
+        return learning_rate(step - first, peak=peak, warmup=warmup, steps=config.steps - first, final=config.final_lr)
+
+    def active(self, phase: str, step: int) -> bool:
+        return phase == "generator" or step >= self.config.adversarial_start
+
+    def losses(self, phase: str, call: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
+        if phase == "generator":
+            return self._generator(call["generator"], batch, step)
+        return self._discriminator(call["discriminator"], batch, step)
+
+    def finish_step(self, step: int) -> None:
+        core = self.modules["generator"].core
+        core.quantizer.update()
+        if self.teacher:
+            contrastive.clamp_log_scale_(core.logit_scale)
+        self._pairs.clear()
+
+    def health(self) -> dict[str, float]:
+        extra = {"adversarial_weight": self.weight} if self.config.adversarial else {}
+        return {"usage": self.usage} | extra
+
+    def export(self, path: Path, weights: dict[str, Tensor]) -> None:
+        core = self.modules["generator"].core
+        mine = {key.removeprefix("core."): value.cpu() for key, value in weights.items() if key.startswith("core.")}
+        state = {key: value for key, value in mine.items() if not key.startswith("quantizer.state.")}
+        write_model(model_from_state(core.config, state, str(path)), path)
+
+    # ---- phases --------------------------------------------------------------------------------------------------
+
+    def _generator(self, generator: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        config, images = self.config, batch.images
+        target = self.teacher(images if config.target == "image" else batch.captions) if self.teacher else None
+        out, target, scale = generator(images, target)
+        r = out.reconstruction
+        self.usage = float(out.usage)
+        terms = {
+            "l1": config.l1 * reconstruction.l1(r, images),
+            "l2": config.l2 * reconstruction.l2(r, images),
+        }
+        if self.perceptual:
+            # Settled at r: the network is gone through backward once, however often the sum is differentiated.
+            terms["perceptual"], _ = adversarial.settle(config.perceptual * self.perceptual(r, images), r)
+        likelihood = torch.stack(list(terms.values())).sum()
+        terms["vq"] = config.vq * out.vq_loss
+        if self.teacher:
+            same = None
+            if config.target == "text":
+                same = contrastive.caption_keys(batch.captions).to(images.device)
+            terms["contrastive"] = config.contrastive * contrastive.info_nce(out.features, target, scale, same)
+        if config.adversarial:
+            self._pairs.append((images, r.detach()))
+            ramp = adversarial.ramp(step, config.adversarial_ramp, config.adversarial_start)
+            if ramp:
+                terms["adversarial"] = ramp * config.adversarial * self._fool(r, likelihood, batch, step)
+        return terms
+
+    def _fool(self, r: Tensor, likelihood: Tensor, batch: Batch, step: int) -> Tensor:
+        """The adversarial term with its adaptive weight; the discriminator itself takes no gradient from it."""
+        judge = self.modules["discriminator"].requires_grad_(False)
+        drawn, fade = self._drawn(batch, 0), self._fade(step)
+        loss = adversarial.hinge_generator(judge(diffaug.augment(r, drawn, fade), self._trim(batch, 0)))
+        judge.requires_grad_(True)
+        (likelihood_at,) = torch.autograd.grad(likelihood, r, retain_graph=True)
+        loss, adversarial_at = adversarial.settle(loss, r)
+        last = self.modules["generator"].core.decoder.up_conv4.conv2.weight
+        weight = adversarial.adaptive_weight(r, likelihood_at, adversarial_at, last)
+        self.weight = float(weight)
+        return weight * loss
+
+    def _discriminator(self, discriminator: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        images, r = self._pairs.pop(0)
+        both = torch.cat([images, r])
+        views = []
+        for turn, fade in ((1, self._fade(step)), (2, 0.0)):
+            drawn = self._drawn(batch, turn)
+            views += [diffaug.augment(images, drawn, fade), diffaug.augment(r, drawn, fade)]
+        real, fake, real_again, fake_again = discriminator(torch.cat(views), self._trim(batch, 1)).split(len(both) // 2)
+        return {
+            "hinge": adversarial.hinge_discriminator(real, fake),
+            "consistency": self.config.consistency
+            * adversarial.balanced_consistency(real, real_again, fake, fake_again),
+        }
+
+    # ---- what is drawn: from the sample numbers, so that the number of processes does not matter ------------------
+
+    def _drawn(self, batch: Batch, turn: int) -> diffaug.Drawn:
+        """Parameters of this rank's images, drawn for the whole micro-batch."""
+        share = len(batch.samples)
+        whole = diffaug.draw(
+            share * self.world.size, *batch.images.shape[2:], generator=self._generator_of(batch, turn)
+        )
+        return whole[self.world.rank * share : (self.world.rank + 1) * share]
+
+    def _trim(self, batch: Batch, turn: int) -> torch.Generator:
+        return self._generator_of(batch, 8 + turn)
+
+    def _generator_of(self, batch: Batch, turn: int) -> torch.Generator:
+        first = batch.samples[0] - self.world.rank * len(batch.samples)  # of the micro-batch over all ranks
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + first) * 16 + turn)
+
+    def _fade(self, step: int) -> float:
+        return adversarial.fade(step, self.config.adversarial_fade, self.config.adversarial_start)

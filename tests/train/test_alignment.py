@@ -1,0 +1,140 @@
+"""Both stages of MedITok, small but whole: teacher, perceptual net, discriminator and all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import meditok
+from meditok.cli import run as command
+from meditok.train import checkpoint
+from meditok.train.data import batches, find_items
+from meditok.train.distributed import World
+from meditok.train.tasks.alignment import Alignment
+
+from . import stages
+
+ROOT = str(Path(meditok.__file__).parents[1])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(stages.pictures(tmp_path_factory.mktemp("data") / "pictures"))
+
+
+def start(out: Path, processes: int, **options) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+    environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "MEDITOK_DIST_TIMEOUT": "60"}
+    command = [sys.executable, *launcher, stages.__file__, str(out), json.dumps(options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert [name for name, value in one.items() if not torch.equal(other[name], value)] == []
+
+
+@pytest.mark.parametrize("target", ["image", "text"])
+def test_a_stage_lowers_every_loss_of_the_generator_it_can_and_writes_a_model(data, tmp_path, target):
+    rows = stages.go(tmp_path / "out", data=data, target=target, contrastive=1.0, steps=30, warmup=3, adversarial=0.0)
+    first, last = rows[0], rows[-1]
+    for term in ("l1", "l2", "contrastive"):
+        assert last[term] < first[term], term
+    model = meditok.load(tmp_path / "out" / "model.safetensors", device="cpu")
+    assert model.embed(torch.zeros(1, 3, 48, 48)).shape == (1, 16)
+    with open(tmp_path / "out" / "log.csv") as file:
+        log = list(csv.DictReader(file))
+    assert [row["step"] for row in log] == [str(step) for step in range(1, 31)]
+    assert list(log[0])[:2] == ["step", "loss_total"]
+
+
+@pytest.mark.parametrize("target", ["image", "text"])
+def test_a_stage_killed_between_checkpoints_ends_as_one_that_was_not(data, tmp_path, target):
+    options = {"data": data, "target": target, "codebook_update": "ema" if target == "text" else "gradient"}
+    stages.go(tmp_path / "whole", **options, steps=5)
+    killed = start(tmp_path / "killed", 1, **options, steps=5, kill=3)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in checkpoint.existing(tmp_path / "killed")] == ["step-00000002"]
+    stages.go(tmp_path / "killed", **options, steps=5)
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(("target", "processes"), [("image", 2), ("text", 4)])
+def test_processes_agree_with_one_on_the_joined_batch(data, tmp_path, target, processes):
+    options = {"data": data, "target": target, "steps": 3}
+    rows = stages.go(tmp_path / "one", **options)
+    result = start(tmp_path / "many", processes, **options)
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "many" / "log.csv") as file:
+        log = list(csv.DictReader(file))
+    for row, other in zip(rows, log, strict=True):
+        for term in ("l1", "l2", "vq", "perceptual", "contrastive", "adversarial", "hinge", "consistency"):
+            assert float(other[term]) == pytest.approx(row[term], rel=2e-3, abs=1e-5), (row["step"], term)
+
+
+def test_the_teacher_and_the_perceptual_net_learn_nothing(data, tmp_path):
+    config = stages.settings(data=data)
+    task = Alignment(config, World(0, 1, torch.device("cpu")))
+    frozen = {
+        f"{part}.{name}": value.clone()
+        for part in ("teacher", "perceptual")
+        for name, value in getattr(task, part).state_dict().items()
+    }
+    batch = next(batches(find_items(config), config, start=1, rank=0, world=1))
+    optimizers = {phase: task.optimizer(phase) for phase in task.modules}
+    for phase, optimizer in optimizers.items():
+        torch.stack(list(task.losses(phase, task.modules, batch, 1).values())).sum().backward()
+        optimizer.step()
+    for name, value in frozen.items():
+        part, _, key = name.partition(".")
+        assert torch.equal(getattr(task, part).state_dict()[key], value), name
+
+
+def test_the_generator_phase_leaves_no_gradient_on_the_discriminator(data):
+    config = stages.settings(data=data)
+    task = Alignment(config, World(0, 1, torch.device("cpu")))
+    batch = next(batches(find_items(config), config, start=1, rank=0, world=1))
+    terms = task.losses("generator", task.modules, batch, 1)
+    assert terms["adversarial"].item() != 0
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(p.grad is None for p in task.modules["discriminator"].parameters())
+    unreached = [name for name, p in task.modules["generator"].named_parameters() if p.requires_grad and p.grad is None]
+    assert unreached == []
+
+
+def test_recomputing_activations_changes_no_gradient(data):
+    gradients = []
+    for checkpointing in (False, True):
+        config = stages.settings(data=data, checkpointing=checkpointing, adversarial=0.0, perceptual=0.0)
+        task = Alignment(config, World(0, 1, torch.device("cpu")))
+        batch = next(batches(find_items(config), config, start=0, rank=0, world=1))
+        torch.stack(list(task.losses("generator", task.modules, batch, 0).values())).sum().backward()
+        gradients.append({name: p.grad for name, p in task.modules["generator"].named_parameters() if p.requires_grad})
+    assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
+
+
+def test_the_command_trains_and_goes_on(data, tmp_path, capfd):
+    (tmp_path / "own.toml").write_text(
+        'base = "tiny-stage1"\nperceptual = 0.0\ncontrastive = 0.0\nsize = 32\nbatch = 2\nworkers = 0\nlog_every = 1\n'
+        "weights_ok = false\n"
+    )
+    arguments = ["train", str(tmp_path / "own.toml"), "--out", str(tmp_path / "out"), f"--data={data}", "--steps=2"]
+    assert command(arguments) == 0
+    assert "step 2" in capfd.readouterr().err
+    assert command(arguments) == 0  # nothing to do
+    assert "going on from step 2" in capfd.readouterr().err
+    assert command([*arguments, "--lr=1"]) == 2
+    assert "lr 0.001, now 1.0" in capfd.readouterr().err
+    assert command([*arguments, "--learning=1"]) == 2
+    assert "no setting learning" in capfd.readouterr().err
+    assert command([*arguments, "--lr=1", "--fresh"]) == 0

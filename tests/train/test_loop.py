@@ -1,0 +1,125 @@
+"""The loop, with a task small enough to be checked by hand and real processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import meditok
+from meditok.errors import BadInputError, UsageError
+from meditok.train import checkpoint, loop
+from meditok.train.config import TrainConfig
+
+from . import toy
+
+ROOT = str(Path(meditok.__file__).parents[1])
+
+
+def start(out: Path, processes: int, **options) -> subprocess.CompletedProcess:
+    """A run in processes of its own, under torchrun when there are several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+    environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "MEDITOK_DIST_TIMEOUT": "30"}
+    command = [sys.executable, *launcher, toy.__file__, str(out), json.dumps(options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def log_of(out: Path) -> list[dict]:
+    with open(out / "log.csv") as file:
+        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_killed_between_checkpoints_ends_as_one_that_was_not(tmp_path):
+    toy.run(tmp_path / "whole", steps=10, noise=0.5)
+    killed = start(tmp_path / "killed", 1, steps=10, noise=0.5, kill=7)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "model.safetensors").exists()
+    toy.run(tmp_path / "killed", steps=10, noise=0.5)
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed")
+    assert [row["step"] for row in log_of(tmp_path / "killed")] == [str(step) for step in range(1, 11)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_agree_with_one_on_the_joined_batch(tmp_path, processes):
+    toy.run(tmp_path / "one", steps=6)
+    result = start(tmp_path / "many", processes, steps=6)
+    assert result.returncode == 0, result.stderr
+    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=1e-5, atol=1e-6)
+    for row, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "many"), strict=True):
+        assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in other.items()}, rel=1e-4)
+
+
+def test_micro_batches_count_once(tmp_path):
+    toy.run(tmp_path / "one", steps=6)
+    toy.run(tmp_path / "parts", steps=6, accumulate=4)
+    one, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts"))
+    for name, value in one.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_every_rank_stops_on_a_loss_that_is_not_finite(tmp_path):
+    result = start(tmp_path / "out", 2, steps=10, poison=5, poisoned_rank=1)
+    assert result.returncode != 0
+    message = "step 6: loss fit is not finite on rank 1 (samples from 44)"
+    assert result.stderr.count(f"NonFiniteLossError: {message}") >= 2  # both ranks, in their own words
+    assert [path.name for path in checkpoint.existing(tmp_path / "out")] == ["step-00000003"]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    toy.run(tmp_path / "out", steps=12, save_every=2, keep=2)
+    assert [path.name for path in checkpoint.existing(tmp_path / "out")] == ["step-00000010", "step-00000012"]
+
+
+def test_a_damaged_checkpoint_stops_the_run_and_says_what_to_do(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path / "out", steps=10, interrupt=7)
+    state = checkpoint.existing(tmp_path / "out")[-1] / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-7])
+    with pytest.raises(BadInputError, match="cannot be read .* remove it to go on from the one before, or .*--fresh"):
+        toy.run(tmp_path / "out", steps=10)
+    shutil.rmtree(state.parent)
+    toy.run(tmp_path / "out", steps=10)
+    toy.run(tmp_path / "whole", steps=10)
+    assert_same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def test_another_setting_is_not_gone_on_with(tmp_path):
+    toy.run(tmp_path / "out", steps=4)
+    with pytest.raises(UsageError, match="seed 0, now 3"):
+        toy.run(tmp_path / "out", steps=4, seed=3)
+    folder = checkpoint.existing(tmp_path / "out")[-1]
+    made = json.loads((folder / "state.json").read_text())["config"]
+    made = {key: tuple(value) if isinstance(value, list) else value for key, value in made.items()}
+    with pytest.raises(UsageError, match="the images it is trained on"):
+        checkpoint.load(folder, TrainConfig(**made), "other images")
+    toy.run(tmp_path / "out", steps=4, keep=5, log_every=2)  # what changes no weight may change
+
+
+def test_starting_over_removes_only_what_a_run_wrote(tmp_path):
+    toy.run(tmp_path / "out", steps=4)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    loop.start_over(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["notes.txt"]
+
+
+def test_seeds_of_steps_and_ranks_do_not_meet():
+    seeds = {loop._mixed(seed, step, rank) for seed in range(3) for step in range(200) for rank in range(4)}
+    assert len(seeds) == 3 * 200 * 4
