@@ -44,7 +44,8 @@ def test_assign_and_lookup(level, metric):
         x, codebook = randn(rows, groups, width), randn(groups, codes, width, seed=1)
         ids = ops.vq_assign(x, codebook, metric=metric)
         assert_same_ids(ids, reference.vq_assign(x, codebook, metric=metric), f"{rows} {codes} {width}")
-        ops.vq_lookup(ids, codebook, metric=metric)
+        if codes > 0:
+            ops.vq_lookup(ids, codebook, metric=metric)
     for dtype in FLOATS:
         x, codebook = randn(20, 3, 16, dtype=dtype)[::3, :, 1::2], randn(70, 8, 3, seed=1, dtype=dtype).permute(2, 0, 1)
         assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
