@@ -55,7 +55,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:

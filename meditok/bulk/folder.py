@@ -58,9 +58,7 @@ def lock(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise UsageError(
-            f"{out}: a file of that name is in the way; name a folder, or a file ending in .parquet"
-        ) from None
+        raise _in_the_way(out) from None
     path = out / LOCK
     handle = _locked(path, out)
     try:
@@ -111,9 +109,7 @@ class StoreFolder:
         """
         self.folder, self.complete = self.out, False
         if self.out.is_file():
-            raise UsageError(
-                f"{self.out}: a file of that name is in the way; name a folder, or a file ending in .parquet"
-            )
+            raise _in_the_way(self.out)
         if not self.out.exists():
             return {}
         index = read_index(self.out)
@@ -224,7 +220,7 @@ class StoreFolder:
         return kept
 
 
-def in_the_way(out: Path) -> UsageError:
+def _in_the_way(out: Path) -> UsageError:
     return UsageError(f"{out}: a file of that name is in the way; name a folder, or a file ending in .parquet")
 
 
