@@ -108,10 +108,18 @@ class _Quantizer(nn.Module):
     def packed(self) -> ops.PackedCodebook:
         """The codebook packed for the kernels; packed again once the values, dtype or device have changed."""
         codebook = self.codebook
+        if codebook.is_inference():  # nothing tells whether its values changed
+            return ops.pack_codebook(codebook, metric=self.metric)
         key = codebook.data_ptr(), codebook._version, codebook.dtype
         if self._packed[0] != key:
             self._packed = key, ops.pack_codebook(codebook, metric=self.metric)
         return self._packed[1]
+
+    def _apply(self, *arguments, **settings):
+        # Moves and casts swap a Parameter's memory: the next one may lie where the last one lay, with other values.
+        super()._apply(*arguments, **settings)
+        self._packed = None, None
+        return self
 
     def _operand(self):
         return self.codebook if torch.compiler.is_compiling() else self.packed()

@@ -73,19 +73,48 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ShapeError(f"tensors on one device are needed, but {named} were given; move them together")
 
 
-def check_ids(ids: Any, codes: int) -> None:
-    """Every id in 0..codes - 1, else TokenRangeError with smallest, largest, K, position and codebook."""
+def checked_ids(ids: Any, codes: int, lowest: int = 0) -> Any:
+    """The ids as int64: narrow types cannot be compared with a K they do not hold. Where values are checked, every id
+    is in lowest..codes - 1, else TokenRangeError with smallest, largest, K, position and codebook."""
+    ids = ids.to(torch.int64) if isinstance(ids, Tensor) else ids.astype(np.int64, copy=False)
     if not _values_are_checked(ids) or 0 in ids.shape:
-        return
+        return ids
     low, high = int(ids.min()), int(ids.max())
-    if low >= 0 and high < codes:
-        return
-    outside = (ids < 0) | (ids >= codes)
+    if low >= lowest and high < codes:
+        return ids
+    outside = (ids < lowest) | (ids >= codes)
     first = np.argwhere(outside.cpu().numpy() if isinstance(outside, Tensor) else _to_numpy(outside))[0]
     raise TokenRangeError(
         f"ids run from {low} to {high}, but the codebook has K = {codes} codes (0..{codes - 1}); "
-        f"first wrong id at position {first[0]} of codebook {first[-1]}"
+        f"first wrong id at position {first[0]} of codebook {first[-1]}; take the codebook the ids were made with"
     )
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Differentiating `name`, the backward of an op, raises: without a formula PyTorch warns and goes on with zeros."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"meditok::{name} has no derivative of its own; call backward without create_graph=True, "
+            f"or use meditok.ops.reference, which autograd differentiates any number of times"
+        )
+
+    torch.library.register_autograd(f"meditok::{name}", refuse, lib=library)
+
+
+def plain(array: np.ndarray) -> np.ndarray:
+    """The array itself unless its byte order, alignment or strides are foreign: then a copy the kernels can read."""
+    steps = all(stride % array.itemsize == 0 for stride in array.strides)
+    return array if array.dtype.isnative and array.flags.aligned and steps else _native_copy(array)
+
+
+def to_torch(array: np.ndarray) -> Tensor:
+    """A copy."""
+    return torch.from_numpy(_native_copy(array))
+
+
+def _native_copy(array: np.ndarray) -> np.ndarray:
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
 def _to_numpy(array: Any) -> np.ndarray:

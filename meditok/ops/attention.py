@@ -14,8 +14,8 @@ import torch
 from meditok.errors import DtypeError, ShapeError
 from meditok.ops import reference
 from meditok.ops._cupy import on_torch
-from meditok.ops._library import check_float, check_rank, check_same_device, kind_of, library
-from meditok.ops.quantize import _arrays, _tensor
+from meditok.ops._library import check_float, check_rank, check_same_device, kind_of, library, to_torch
+from meditok.ops.quantize import _arrays
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
@@ -79,8 +79,8 @@ def attention(
     if kind == "cupy":
         return on_torch(torch.ops.meditok.attention, q, k, v, attn_mask, is_causal=is_causal, scale=scale)
     if kind == "numpy":
-        mask = None if attn_mask is None else _tensor(attn_mask)
-        out = reference.attention(_tensor(q), _tensor(k), _tensor(v), mask, is_causal=is_causal, scale=scale)
+        mask = None if attn_mask is None else to_torch(attn_mask)
+        out = reference.attention(to_torch(q), to_torch(k), to_torch(v), mask, is_causal=is_causal, scale=scale)
         return _arrays((out,))[0]
     check_same_device(q=q, k=k, v=v, attn_mask=attn_mask)
     return torch.ops.meditok.attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
@@ -102,6 +102,6 @@ def attention_qkv(qkv: Any, *, is_causal: bool = False, scale: float | None = No
     if kind == "cupy":
         return on_torch(torch.ops.meditok.attention_qkv, qkv, is_causal=is_causal, scale=scale, reduce=reduce)
     if kind == "numpy":
-        out = reference.attention_qkv(_tensor(qkv), is_causal=is_causal, scale=scale, reduce=reduce)
+        out = reference.attention_qkv(to_torch(qkv), is_causal=is_causal, scale=scale, reduce=reduce)
         return _arrays((out,))[0]
     return torch.ops.meditok.attention_qkv(qkv, is_causal=is_causal, scale=scale, reduce=reduce)

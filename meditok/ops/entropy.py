@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meditok.errors import DtypeError, ShapeError
-from meditok.ops._library import check_same_device, dtype_name, library
+from meditok.ops._library import check_same_device, dtype_name, library, refuse_second_derivative
 from meditok.ops.reference import ENTROPY_FLOOR, normalise_backward, unit_rows
 from meditok.ops.vq import check_assign
 
@@ -174,6 +174,7 @@ def _entropy_gradient(ctx, grad, grad_share):
 
 
 torch.library.register_autograd("meditok::vq_entropy", _entropy_gradient, setup_context=_entropy_setup, lib=library)
+refuse_second_derivative("vq_entropy_backward")
 
 # ---- public ------------------------------------------------------------------------------------------------
 

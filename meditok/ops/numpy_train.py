@@ -8,13 +8,13 @@ import numpy as np
 
 from meditok import native
 from meditok.ops import _native
+from meditok.ops._library import plain
 from meditok.ops.packed import pack_numpy
-from meditok.ops.vq import _plain
 
 
 def quantize(x: np.ndarray, codebook: np.ndarray, packed: Any, mask: Any, settings: dict[str, Any]) -> tuple:
     """z (N, G, C), ids (N, G) int64, loss float32, counts (G, K) int64 of `vq_quantize`."""
-    x, codebook = _plain(x), _plain(codebook)
+    x, codebook = plain(x), plain(codebook)
     outputs = (
         np.empty(x.shape, x.dtype),
         np.empty(x.shape[:2], np.int64),
@@ -29,7 +29,7 @@ def quantize(x: np.ndarray, codebook: np.ndarray, packed: Any, mask: Any, settin
 
 def stats(x: np.ndarray, ids: np.ndarray, codes: int) -> tuple[np.ndarray, np.ndarray]:
     """counts (G, K) int64 and sums (G, K, C) float32 of `vq_stats`."""
-    x, ids = _plain(x), _plain(ids.astype(np.int64, copy=False))
+    x, ids = plain(x), plain(ids)
     counts = np.empty((x.shape[1], codes), np.int64)
     sums = np.empty((x.shape[1], codes, x.shape[2]), np.float32)
     _native.stats(x, ids, counts, sums, np.empty)
@@ -40,9 +40,9 @@ def update(codebook: np.ndarray, arrays: tuple[np.ndarray, ...], settings: dict[
     """`vq_update_` with arrays = ema_counts, ema_sums, counts, sums; False, and nothing done, where the core does
     not take them: other types than it reads, foreign byte order or alignment, read-only state."""
     types = (np.float32, np.float32, np.int64, np.float32)
-    plain = all(_plain(array) is array for array in (codebook, *arrays))
+    in_place = all(plain(array) is array for array in (codebook, *arrays))
     writable = all(array.flags.writeable for array in (codebook, *arrays[:2]))
-    if native.backend != "native" or not (plain and writable):
+    if native.backend != "native" or not (in_place and writable):
         return False
     if any(array.dtype != wanted for array, wanted in zip(arrays, types, strict=True)):
         return False

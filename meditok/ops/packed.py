@@ -16,7 +16,7 @@ from torch import Tensor
 from meditok import native
 from meditok.ops import _native
 from meditok.ops._cupy import on_torch
-from meditok.ops._library import check_float, check_metric, check_rank, kind_of, library
+from meditok.ops._library import check_float, check_metric, check_rank, kind_of, library, plain
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ def pack_numpy(codebook: np.ndarray, metric: str) -> np.ndarray | None:
     packed = np.empty(size + 64, dtype=np.uint8)
     start = -packed.__array_interface__["data"][0] % 64  # vectors are read 64 bytes at a time
     packed = packed[start : start + size]
-    _native.pack(codebook, metric, packed)
+    _native.pack(plain(codebook), metric, packed)
     return packed
 
 

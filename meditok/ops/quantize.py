@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,14 +22,16 @@ from meditok.ops import _native, numpy_train, reference
 from meditok.ops._cupy import forward_strides, on_torch
 from meditok.ops._library import (
     check_float,
-    check_ids,
     check_integer,
     check_metric,
     check_rank,
     check_same_device,
+    checked_ids,
     dtype_name,
     kind_of,
     library,
+    refuse_second_derivative,
+    to_torch,
 )
 from meditok.ops.packed import split
 from meditok.ops.vq import check_assign
@@ -241,6 +242,7 @@ def _quantize_gradient(ctx, grad_z, grad_ids, grad_loss, grad_counts):
 
 
 torch.library.register_autograd("meditok::vq_quantize", _quantize_gradient, setup_context=_quantize_setup, lib=library)
+refuse_second_derivative("vq_quantize_backward")
 
 
 def _one_by_one(op):
@@ -298,8 +300,8 @@ def vq_quantize(
     if kind == "numpy" and native.backend == "native":
         return numpy_train.quantize(x, codebook, packed, mask, settings)
     if kind == "numpy":
-        mask = None if mask is None else _tensor(mask)
-        return _arrays(_quantize_composed(_tensor(x), _tensor(codebook), mask, **settings))
+        mask = None if mask is None else to_torch(mask)
+        return _arrays(_quantize_composed(to_torch(x), to_torch(codebook), mask, **settings))
     check_same_device(x=x, codebook=codebook, mask=mask)
     return torch.ops.meditok.vq_quantize(x, codebook, mask, packed, **settings)
 
@@ -320,13 +322,13 @@ def vq_stats(x: Any, ids: Any, K: int) -> tuple[Any, Any]:
         raise ShapeError(f"ids have shape {tuple(ids.shape)} and x {tuple(x.shape)}; (N, G) and (N, G, C) are needed")
     if kind == "torch":
         check_same_device(x=x, ids=ids)
-    check_ids(ids.clip(0), K)  # -1 is left out
+    ids = checked_ids(ids, K, lowest=-1)
     if kind == "cupy":
         return on_torch(torch.ops.meditok.vq_stats, x, ids, K)
     if kind == "numpy" and native.backend == "native":
         return numpy_train.stats(x, ids, K)
     if kind == "numpy":
-        return _arrays(reference.vq_stats(_tensor(x), _tensor(ids), K))
+        return _arrays(reference.vq_stats(to_torch(x), to_torch(ids), K))
     return torch.ops.meditok.vq_stats(x, ids, K)
 
 
@@ -345,7 +347,8 @@ def vq_update_(
     ema_counts (G, K).
 
     counts (G, K) and sums (G, K, C) are those of `vq_stats`. Laplace smoothing by `eps` for l2; for cosine a
-    row is the normalised sum. Counts that are all zero change nothing. Raises ShapeError and TypeError.
+    row is the normalised sum. Counts that are all zero change nothing. Raises ShapeError, DtypeError, ValueError for
+    another metric, and TypeError for arrays of different kinds.
     """
     kind = kind_of(codebook, ema_counts, ema_sums, counts, sums)
     check_metric(metric)
@@ -361,6 +364,8 @@ def vq_update_(
             raise ShapeError(
                 f"{name} has shape {tuple(array.shape)}; {needed} is needed for a codebook of shape {shape}"
             )
+    for name, array in (("codebook", codebook), ("ema_counts", ema_counts), ("ema_sums", ema_sums), ("sums", sums)):
+        check_float(name, array)
     settings = dict(decay=float(decay), eps=float(eps), metric=metric)
     if kind == "torch":
         check_same_device(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums)
@@ -372,17 +377,12 @@ def vq_update_(
         state = [forward_strides(array) for array in (codebook, ema_counts, ema_sums)]
         on_torch(torch.ops.meditok.vq_update_, *state, counts, sums, **settings)
     else:
-        tensors = [_tensor(array) for array in (codebook, ema_counts, ema_sums)]
-        reference.vq_update_(*tensors, _tensor(counts), _tensor(sums), **settings)
+        tensors = [to_torch(array) for array in (codebook, ema_counts, ema_sums)]
+        reference.vq_update_(*tensors, to_torch(counts), to_torch(sums), **settings)
         state = _arrays(tensors)
     for array, updated in zip((codebook, ema_counts, ema_sums), state, strict=True):
         if updated is not array:
             array[...] = updated
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """A copy."""
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).copy())
 
 
 def _arrays(tensors: Iterable[Tensor]) -> tuple[Any, ...]:

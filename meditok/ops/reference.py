@@ -101,11 +101,12 @@ def vq_lookup(ids: Tensor, codebook: Tensor, *, metric: str = "cosine") -> Tenso
     """ids (N, G), codebook (G, K, C) -> (N, G, C): the rows, normalised for cosine; an id outside 0..K-1
     gives NaN."""
     groups, codes, width = codebook.shape
+    ids = ids.long()  # a narrow type would wrap K before it is compared
     inside = (ids >= 0) & (ids < codes)
     if codes == 0:
         return codebook.new_full((*ids.shape, width), torch.nan)
     group = torch.arange(groups, device=codebook.device)
-    rows = codebook[group, torch.where(inside, ids, 0).to(codebook.device, torch.int64)]
+    rows = codebook[group, torch.where(inside, ids, 0)]
     if metric == "cosine":
         rows = normalise(rows)
     return torch.where(inside.unsqueeze(-1), rows, torch.nan)
@@ -116,6 +117,7 @@ def vq_lookup_backward(grad: Tensor, ids: Tensor, codebook: Tensor, *, metric: s
     groups, codes, width = codebook.shape
     wide = torch.promote_types(codebook.dtype, torch.float32)
     total = torch.zeros(groups * codes, width, dtype=wide, device=codebook.device)
+    ids = ids.long()
     inside = (ids >= 0) & (ids < codes)
     offset = torch.arange(groups, device=ids.device) * codes
     grad = torch.where(inside.unsqueeze(-1), grad.to(wide), 0)
@@ -254,6 +256,7 @@ def vq_stats(x: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     bit.
     """
     rows, groups, width = x.shape
+    ids = ids.long()
     sums = torch.zeros(groups * codes, width, dtype=torch.float32, device=x.device)
     offset = torch.arange(groups, device=x.device) * codes
     for start in range(0, rows, STATS_ROWS):

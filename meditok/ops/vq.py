@@ -20,13 +20,16 @@ from meditok.ops import _native, reference
 from meditok.ops._cupy import on_torch
 from meditok.ops._library import (
     check_float,
-    check_ids,
     check_integer,
     check_metric,
     check_rank,
     check_same_device,
+    checked_ids,
     kind_of,
     library,
+    plain,
+    refuse_second_derivative,
+    to_torch,
 )
 from meditok.ops.packed import pack_numpy, split
 
@@ -151,6 +154,7 @@ def _lookup_gradient(ctx, grad):
 
 
 torch.library.register_autograd("meditok::vq_lookup", _lookup_gradient, setup_context=_lookup_setup, lib=library)
+refuse_second_derivative("vq_lookup_backward")
 
 
 def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -204,8 +208,8 @@ def vq_assign(x: Any, codebook: Any, *, metric: str = "cosine") -> Any:
     if kind == "cupy":
         return on_torch(torch.ops.meditok.vq_assign, x, codebook, packed, metric=metric)
     if native.backend != "native":
-        return reference.vq_assign(_to_torch(x), _to_torch(codebook), metric=metric).numpy()
-    x, codebook = _plain(x), _plain(codebook)
+        return reference.vq_assign(to_torch(x), to_torch(codebook), metric=metric).numpy()
+    x, codebook = plain(x), plain(codebook)
     ids = np.empty(x.shape[:2], dtype=np.int64)
     _native.assign(x, codebook, pack_numpy(codebook, metric) if packed is None else packed, metric, ids)
     return ids
@@ -225,28 +229,14 @@ def vq_lookup(ids: Any, codebook: Any, *, metric: str = "cosine") -> Any:
     _check_lookup(ids, codebook, metric)
     if kind == "torch":
         check_same_device(ids=ids, codebook=codebook)
-    check_ids(ids, codebook.shape[1])
+    ids = checked_ids(ids, codebook.shape[1])
     if kind == "torch":
         return torch.ops.meditok.vq_lookup(ids, codebook, metric=metric)
     if kind == "cupy":
         return on_torch(torch.ops.meditok.vq_lookup, ids, codebook, metric=metric)
     if native.backend != "native":
-        return reference.vq_lookup(_to_torch(ids.astype(np.int64)), _to_torch(codebook), metric=metric).numpy()
-    ids, codebook = _plain(ids.astype(np.int64, copy=False)), _plain(codebook)
+        return reference.vq_lookup(to_torch(ids), to_torch(codebook), metric=metric).numpy()
+    ids, codebook = plain(ids), plain(codebook)
     out = np.empty((*ids.shape, codebook.shape[2]), dtype=codebook.dtype)
     _native.lookup(ids, codebook, metric, out)
     return out
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """The array itself unless its byte order or alignment is foreign: then a copy the kernels can read."""
-    steps = all(stride % array.itemsize == 0 for stride in array.strides)
-    return (
-        array
-        if array.dtype.isnative and array.flags.aligned and steps
-        else np.array(array, dtype=array.dtype.newbyteorder("="))
-    )
-
-
-def _to_torch(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))

@@ -85,6 +85,27 @@ def test_the_codebook_is_packed_once_until_it_moves():
     assert torch.equal(quantizer.assign(x), ops.vq_assign(x.reshape(-1, 2, 3), quantizer.codebook).view(2, 9, 2).mT)
 
 
+def test_casts_drop_the_packed_codebook():
+    """To float16 and back leaves other values, at times at the same address: what was packed before is not used."""
+    for seed in range(20):
+        quantizer, x = MultiCodebookQuantizer(1, 64, 8), randn(1, 50, 8, seed=seed)
+        before = quantizer.packed()
+        quantizer.half().float()
+        assert quantizer.packed() is not before
+        assert torch.equal(quantizer.assign(x).view(-1, 1), ops.vq_assign(x.view(-1, 1, 8), quantizer.codebook))
+
+
+def test_a_quantiser_made_in_inference_mode_works():
+    """Its tensors have no version to tell changes by, so nothing packed is kept; values and updates are as ever."""
+    with torch.inference_mode():
+        quantizer = single("ema")
+        x = randn(2, 9, quantizer.codebook.shape[2])
+        for _ in range(2):
+            ids = quantizer(x).ids
+            assert torch.equal(ids.view(-1, 1), ops.vq_assign(x.flatten(0, 1)[:, None], quantizer.codebook))
+            quantizer.update()
+
+
 @pytest.mark.parametrize("kind, mode", [("one l2", "ema"), *(("several", mode) for mode in MODES)])
 def test_compiled_training_and_evaluation_equal_eager(kind, mode):
     """With fullgraph=True: the same losses, codes and buffers after 8 steps of one graph, and the same eval pass."""

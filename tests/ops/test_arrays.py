@@ -54,6 +54,7 @@ def test_any_memory_layout(view):
     x, codebook = view(X), view(CODEBOOK)
     ids = ops.vq_assign(x, codebook)
     np.testing.assert_array_equal(ids, expected(x.astype(np.float32), codebook.astype(np.float32)))
+    np.testing.assert_array_equal(ops.vq_assign(x, ops.pack_codebook(codebook)), ids)
     rows = ops.vq_lookup(ids[::-1], codebook)
     np.testing.assert_array_equal(rows, ops.vq_lookup(ids, np.array(codebook, np.float32))[::-1])
 

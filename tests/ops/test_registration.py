@@ -24,6 +24,10 @@ OPS = {
     "vq_lookup": lambda metric: ((IDS, grad(CODEBOOK)), dict(metric=metric)),
     "vq_lookup_backward": lambda metric: ((X, IDS, CODEBOOK), dict(metric=metric)),
     "vq_quantize": lambda metric: ((grad(X), grad(CODEBOOK), torch.arange(12) > 3), dict(metric=metric)),
+    "vq_quantize_backward": lambda metric: (
+        (X, torch.ones(()), X, CODEBOOK, IDS, torch.arange(12) > 3),
+        dict(metric=metric, commitment_weight=0.25, codebook_weight=1.0, rotation=metric == "l2"),
+    ),
     "vq_stats": lambda metric: ((X, IDS, 9), {}),
     "vq_update_": lambda metric: (
         (CODEBOOK.clone(), torch.rand(2, 9), randn(2, 9, 4), torch.ones(2, 9).long(), randn(2, 9, 4)),
@@ -71,6 +75,22 @@ def test_compiled_training_step_has_the_same_gradients():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(lambda x, codebook: ops.vq_lookup(IDS, codebook), id="vq_lookup"),
+        pytest.param(lambda x, codebook: ops.vq_quantize(x, codebook)[0], id="vq_quantize"),
+        pytest.param(lambda x, codebook: ops.vq_entropy(x, codebook), id="vq_entropy"),
+    ],
+)
+def test_a_second_derivative_is_refused(loss):
+    """A gradient of the gradient is an error in one line, not a zero."""
+    x, codebook = grad(X), grad(CODEBOOK)
+    first = torch.autograd.grad(loss(x, codebook).square().sum(), codebook, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        first.square().sum().backward()
 
 
 def test_export_keeps_the_ops():

@@ -51,6 +51,23 @@ def test_strided_ids_and_codebooks():
     assert_same_bits(ops.vq_lookup(ids.int(), codebook), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32])
+def test_ids_of_narrow_types_give_the_rows_gradients_and_statistics_of_int64(dtype):
+    """K = 300 is more than 8 bits hold; from torch and from NumPy."""
+    ids = torch.randint(100, (40, 2), generator=torch.Generator().manual_seed(1))
+    codebook, x = randn(2, 300, 4).requires_grad_(), randn(40, 2, 4, seed=1)
+    weight = randn(40, 2, 4, seed=2)
+    found, expected = ops.vq_lookup(ids.to(dtype), codebook), ops.vq_lookup(ids, codebook)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad((rows * weight).sum(), codebook)[0] for rows in (found, expected)]
+    assert torch.equal(*gradients) and gradients[0].any()
+    narrow, wide = ids.to(dtype).numpy(), codebook.detach().numpy()
+    assert np.array_equal(ops.vq_lookup(narrow, wide), expected.detach().numpy())
+    assert torch.equal(reference.vq_lookup(ids.to(dtype), codebook.detach()), expected)
+    for counted in (ops.vq_stats(x, ids.to(dtype), 300), reference.vq_stats(x, ids.to(dtype), 300)):
+        assert all(map(torch.equal, counted, ops.vq_stats(x, ids, 300)))
+
+
 def test_wrong_ids_are_named():
     """Smallest, largest, K, position and codebook in one line; nothing is gathered."""
     codebook = randn(2, 10, 4)
