@@ -13,6 +13,20 @@ ALLOWED_SKIPS = Path(__file__).parent / "allowed_skips.txt"
 _skipped: list[tuple[str, str]] = []
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _elsewhere(tmp_path_factory):
+    """Tests run in a folder of their own, and so do the processes that they start.
+
+    Python searches the folder it is started in first, and in the clone that holds sources without a compiled core.
+    The link lets `python -m tests.NAME` find the modules of the tests.
+    """
+    folder, before = tmp_path_factory.mktemp("elsewhere"), Path.cwd()
+    (folder / "tests").symlink_to(Path(__file__).parent)
+    os.chdir(folder)
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

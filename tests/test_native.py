@@ -40,6 +40,13 @@ def test_the_compiled_core_is_what_runs():
     assert native.core is not None and native.backend == "native", native.why
 
 
+def test_a_process_that_a_test_starts_runs_what_the_test_runs():
+    """Not the sources in the folder the suite was started from, which hold no compiled core."""
+    code = "import meditok; print(meditok.__file__)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert os.path.samefile(told.strip(), meditok.__file__)
+
+
 def test_a_missing_core_falls_back_with_one_warning(without_core):
     """No core: the reference runs, and exactly one warning says so."""
     result = run(USE + "native.backend, native.isa)", without_core)

@@ -22,6 +22,8 @@ from ..tokens.schema import TokenInfo, check_extra
 from .console import console
 
 if TYPE_CHECKING:
+    import torch
+
     from ..bulk.folder import Record
     from ..data import Discovery, ReadOptions
     from ..models.tokenizer import Tokenizer
@@ -168,15 +170,33 @@ def _within(path: str, folder: Path) -> bool:
 
 
 def load_model(name: str, device: str, precision: str) -> Tokenizer:
-    """The model; a forced backend that is not here is a MissingPartError."""
+    """The model; a forced backend that cannot run it here is a MissingPartError."""
     try:
         from ..models.files import load
 
-        return load(name, device=device, precision=precision)
+        model = load(name, device=device, precision=precision)
     except ImportError as error:
         if "MEDITOK_" not in str(error):
             raise
         raise MissingPartError(f"{error}; use --backend auto") from None
+    _check_backend(model.device)
+    return model
+
+
+def _check_backend(device: torch.device) -> None:
+    """MissingPartError: the backend that was asked for has no kernels for this device."""
+    from .. import native
+
+    if device.type == "cuda":
+        try:
+            native.cuda_backend(device.index or 0)
+        except RuntimeError as error:
+            raise MissingPartError(f"{error}; use --backend auto") from None
+    elif native.backend == "triton" and native.cpu_backend() != "triton":
+        raise MissingPartError(
+            f"--backend triton: its kernels run on CUDA devices, and the model is on the {device.type}; "
+            "use --backend auto"
+        )
 
 
 def check_names(found: Discovery) -> None:

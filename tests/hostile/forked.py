@@ -14,11 +14,8 @@ import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.hostile.fuzz import limit_memory
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -36,11 +33,10 @@ class Forks:
     """The warm process, started once; use as a context manager."""
 
     def __init__(self, **environment: str):
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         command = [sys.executable, "-m", "tests.hostile.forked"]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
 
     def command(self, *arguments) -> Result:

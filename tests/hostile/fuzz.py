@@ -23,9 +23,10 @@ import zlib
 from pathlib import Path
 
 from tests.hostile.seeds import KINDS, SUFFIX, seeds
+from tests.readers.memory import peak_gib
 
 MEMORY = 2**31  # address space beyond what the imports took, of which allocators reserve more than they use
-RESIDENT = 2**20  # KiB of memory a process may have held at its peak
+RESIDENT = 1.0  # GiB of memory a process may have held at its peak
 SECONDS = 5.0  # of processor time, an example
 STARTING = 60.0  # on the clock, until the first one, and for one that waits
 _NUMBERS = (0, 1, 2, 3, 7, 8, 16, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 2,
@@ -163,7 +164,7 @@ def child(kinds: list[str], seed: int, first: int, examples: int, folder: Path, 
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     run_example(kind, example(kind, pools[kind], seed, number), places[kind])
-                assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < RESIDENT, "too much memory"
+                assert peak_gib() < RESIDENT, "too much memory"
             except BaseException as error:
                 spot = str(traceback.extract_tb(error.__traceback__)[-1]) + repr(error)[:60]
                 if spot not in told:

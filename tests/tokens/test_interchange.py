@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import meditok
 from meditok.cli import run
 from meditok.errors import BadInputError, UsageError
 from meditok.tokens import Description, TokenInfo, Tokens
@@ -157,5 +158,5 @@ def test_the_training_example_of_the_documentation_runs(make_tokens, tmp_path):
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").partition("## With meditok")[2]
     make_tokens(5).save(tmp_path / "tokens.parquet")
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(meditok.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": paths})
