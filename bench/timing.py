@@ -69,6 +69,15 @@ def measured_cuda_peak() -> float:
     return 2.0 * 8192**3 / seconds
 
 
+def measured_gemm(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """Rate of torch's own product of square matrices (2,048 on a CPU, 8,192 on CUDA, TF32 off), in FLOP/s."""
+    if device == "cuda" and dtype == torch.float32:
+        return measured_cuda_peak()
+    size = 8192 if device == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2.0 * size**3 / interleave({"mm": lambda: a @ a}, 5, device)["mm"][0]
+
+
 def interleave(candidates: dict[str, Callable[[], object]], rounds: int = 7, device: str = "cpu"):
     """{name: (p20, p50, p80)} in seconds over `rounds` rounds in turn, after one warm-up of each; on CUDA by events."""
     times: dict[str, list[float]] = {name: [] for name in candidates}

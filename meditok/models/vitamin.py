@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn.blocks import EPS, InvertedBottleneck, LayerNorm2d, Upsample, transformer
+from ..nn.blocks import EPS, InvertedBottleneck, LayerNorm2d, transformer
+from ..nn.upsample import Upsample
 from .config import TokenizerConfig
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import ProjectionAttention, SelfAttention
+from .upsample import Upsample
 
 EPS = 1e-6
 BOTTLENECK_EPS = 1e-5  # the three norms that belong directly to a bottleneck block
@@ -92,17 +93,6 @@ class BottleneckBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x (B, N, in_width)
         a = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
         return a + self.mlp(self.norm2(a))
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour x2, then a 3x3 convolution."""
-
-    def __init__(self, in_width: int, out_width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_width, out_width, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in, H, W) -> (B, out, 2H, 2W)
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class Downsample(nn.Module):
