@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "Tokenise a few real scans and show the result.",
     "doctor": "Say what is installed, compiled and usable.",
     "train": "Train a tokenizer from a config and images.",
+    "evaluate": "Measure how good tokenizers are, on images they have not seen.",
     "convert": "Turn a published checkpoint into safetensors.",
 }
 

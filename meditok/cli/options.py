@@ -88,14 +88,7 @@ fitting = _together(
     click.option("--preset", type=click.Choice(["published"]), help="Fit as the published batch script does."),
 )
 
-modelling = _together(
-    click.option(
-        "--model",
-        default="tiny",
-        show_default=True,
-        metavar="NAME|DIR|FILE",
-        help="Bundled model, directory or .safetensors file.",
-    ),
+computing = _together(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option(
         "--precision",
@@ -111,6 +104,17 @@ modelling = _together(
         expose_value=False,
         help="Which kernels run.  [default: auto]",
     ),
+)
+
+modelling = _together(
+    click.option(
+        "--model",
+        default="tiny",
+        show_default=True,
+        metavar="NAME|DIR|FILE",
+        help="Bundled model, directory or .safetensors file.",
+    ),
+    computing,
 )
 
 batching = _together(

@@ -23,6 +23,7 @@ from .tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS_FILE, CONFIG_FILE, PROCESSOR_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
+DATA_FILE = "data.json"  # what a model was trained on; its `files` are fingerprints, see evaluate.held_out
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit, checked here before anything is allocated
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # org/name, as the Hugging Face hub allows them
 _PICKLES = (".pth", ".pt", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -55,7 +56,7 @@ def load(
     """
     target = pick_device(device)
     check_precision(precision, target)
-    model = read_model(_find(str(name)))
+    model = read_model(weights_path(str(name)))
     model.precision = precision
     return model.to(target).eval()
 
@@ -93,7 +94,7 @@ def bundled() -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(root.glob(f"*/{WEIGHTS_FILE}"))}
 
 
-def _find(name: str) -> Path:
+def weights_path(name: str) -> Path:
     """Path of the safetensors file that `name` stands for."""
     if name.startswith("hf://"):
         repository, _, revision = name.removeprefix("hf://").partition("@")
@@ -109,6 +110,23 @@ def _find(name: str) -> Path:
         f"model {name!r}: neither a bundled model ({', '.join(bundled())}) nor a directory with {WEIGHTS_FILE} nor a "
         ".safetensors file; published checkpoints come in through `meditok convert`"
     )
+
+
+def data_record(name: str | os.PathLike) -> dict:
+    """What the model of that name says it was trained on: data.json beside its weights, {} where there is none.
+
+    BadInputError: it cannot be read.
+    """
+    path = weights_path(str(name)).parent / DATA_FILE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise BadInputError(f"{path}: not a JSON object, so what the model has seen is unknown; repair or remove it")
+    return record
 
 
 def _download(repository: str, revision: str | None, local_files_only: bool) -> Path:

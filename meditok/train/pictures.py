@@ -106,8 +106,20 @@ class Sampler:
         return torch.rot90(x, int(self.random.integers(4)), (1, 2))
 
 
-def describe(rows: list[dict]) -> str:
-    """JSON of what a model was trained on: count and hash of the list, images per source with its licence."""
+def fingerprints(root: Path, rows: list[dict]) -> list[str]:
+    """Of every image's file, sorted, as evaluate.held_out has them; `meditok evaluate` refuses these."""
+    from ..data import discover
+    from ..evaluate import held_out
+
+    wanted = {row["path"].replace("#", "/") for row in rows}
+    sources = discover([str(root / archive) for archive in sorted({row["path"].split("#")[0] for row in rows})]).sources
+    named = [source for source in sources if Path(source.path).relative_to(root).as_posix() in wanted]
+    return sorted(each for source in named for each in held_out.fingerprints(source))
+
+
+def describe(rows: list[dict], files: list[str]) -> str:
+    """JSON of what a model was trained on: count and hash of the list, images per source with its licence, and the
+    fingerprints of their files."""
     sources = Counter((r["modality"], r["source"], r["licence"], r["licence_stated"]) for r in rows)
     return json.dumps(
         {
@@ -117,6 +129,7 @@ def describe(rows: list[dict]) -> str:
                 dict(zip(("modality", "source", "licence", "licence_stated", "images"), (*key, n), strict=True))
                 for key, n in sorted(sources.items())
             ],
+            "files": files,
         },
         indent=1,
     )

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..models.checks import square_grid
 from ..models.files import build, write_model
 from ..models.tokenizer import Tokenizer
-from .pictures import Sampler, describe, manifest_rows, read_pictures
+from .pictures import Sampler, describe, fingerprints, manifest_rows, read_pictures
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -129,7 +129,7 @@ def main() -> None:
     sampler = Sampler(read_pictures(options.data, rows), options.crop, options.seed)
     model = build(options.preset)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "data.json").write_text(describe(rows) + "\n")
+    (options.out / "data.json").write_text(describe(rows, fingerprints(options.data, rows)) + "\n")
     with open(options.out / "log.csv", "w", newline="") as options.log_file:
         log = csv.writer(options.log_file)
         log.writerow(["step", "loss_total", "l1", "l2", "vq", "revived", "seconds"])

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from ..atomic import atomic_path, write_text
+from ..evaluate.held_out import fingerprints
+from ..models.files import DATA_FILE
 from . import distributed, loop
 from .config import TrainConfig
 from .data import Batch, Item, batches, find_items, held_out, list_hash
@@ -35,6 +37,7 @@ def start(
         if world.first:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / CONFIG_FILE, _as_json(config, items))
+            write_text(out / DATA_FILE, json.dumps(data_record(items)) + "\n")
         shown = held_out(items, config, SHEET_IMAGES)
         return loop.train(
             task,
@@ -51,6 +54,14 @@ def start(
 def _as_json(config: TrainConfig, items: list[Item]) -> str:
     record = {"config": config.to_dict(), "images": len(items), "list_sha256": list_hash(items)}
     return json.dumps(record, indent=1) + "\n"
+
+
+def data_record(items: list[Item]) -> dict:
+    """What data.json beside the weights says: how many images, the hash of their list, and the fingerprint of every
+    file, by which `meditok evaluate` refuses them."""
+    sources = {id(item.source): item.source for item in items}
+    files = sorted({each for source in sources.values() for each in fingerprints(source)})
+    return {"images": len(items), "list_sha256": list_hash(items), "files": files}
 
 
 @torch.no_grad()

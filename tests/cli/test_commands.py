@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import meditok
+from meditok.cli import COMMANDS
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy(process):
@@ -27,7 +28,7 @@ def test_version_says_what_it_is_not(cli):
     assert code == 0 and meditok.__version__ in out and "research use, not a medical device" in out
 
 
-@pytest.mark.parametrize("command", ["tokenize", "detokenize", "reconstruct", "inspect", "demo", "doctor", "convert"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     from meditok.cli import run
 

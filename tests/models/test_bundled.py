@@ -13,7 +13,7 @@ import torch
 import meditok
 from meditok.evaluate.metrics import psnr
 from meditok.models.files import bundled
-from meditok.train.pictures import list_hash, manifest_rows
+from meditok.train.pictures import fingerprints, list_hash, manifest_rows
 
 DATA = Path(os.environ.get("MEDITOK_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
@@ -57,6 +57,7 @@ def test_the_training_list_is_what_the_manifest_allows():
     rows = manifest_rows(DATA / "manifest.csv", "train", publishable=True)
     recorded = json.loads((bundled()["tiny"].parent / "data.json").read_text())
     assert (len(rows), list_hash(rows)) == (recorded["images"], recorded["list_sha256"])
+    assert fingerprints(DATA, rows) == recorded["files"]  # by which `meditok evaluate` refuses them
 
 
 def test_an_image_it_never_saw_comes_back_recognisably(tiny):
