@@ -6,6 +6,7 @@ checks read its cubins with cuobjdump (PyPI package nvidia-cuda-cuobjdump, or a 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -38,6 +39,10 @@ SPILL_FREE = (
     "counts_kernel",
     "find_copies_kernel",
     "template_op_kernel",
+    "attention_forward_kernel",
+    "attention_backward_kernel",
+    "attention_simt_forward_kernel",
+    "attention_simt_backward_kernel",
 )
 # CMake's name -> cubin architecture; "virtual" ones are PTX.
 DEFAULT_ARCHITECTURES = {"sm_75", "sm_80", "sm_90a", "sm_100", "sm_120"}
@@ -144,14 +149,25 @@ def test_two_blocks_of_the_assign_kernels_fit_a_multiprocessor(cuobjdump):
                 assert count <= 128 or architecture == "sm_75", f"{kernel} takes {count} registers on {architecture}"
 
 
+@pytest.fixture(scope="module")
+def machine_code(cuobjdump):
+    """machine_code(architecture) -> {mangled name: instructions} of every kernel."""
+
+    @functools.cache
+    def disassemble(architecture: str) -> dict[str, str]:
+        text = cuobjdump("-sass", "-arch", architecture)
+        if "Function" not in text:
+            pytest.skip("nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)")
+        return dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.DOTALL))
+
+    return disassemble
+
+
 @pytest.mark.parametrize("architecture", sorted(DEFAULT_ARCHITECTURES))
-def test_assign_runs_on_tensor_cores(cuobjdump, architecture):
+def test_assign_runs_on_tensor_cores(machine_code, architecture):
     """The products and maxima that csrc/vq/vq_cuda.cpp promises are in the machine code, and no local memory is."""
     small, large, maximum = PRODUCTS[architecture]
-    text = cuobjdump("-sass", "-arch", architecture)
-    if "Function" not in text:
-        pytest.skip("nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)")
-    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.DOTALL))
+    functions = machine_code(architecture)
     (narrow,) = (code for name, code in functions.items() if "assign_small_dim_kernelILi1E" in name)
     (wide,) = (code for name, code in functions.items() if "assign_large_dim_kernel" in name)
     # Codes by eights: 64 rows x 32 codes in the loop, once from zero and once from a start.
@@ -159,3 +175,34 @@ def test_assign_runs_on_tensor_cores(cuobjdump, architecture):
     assert maximum is None or re.search(rf"\b{maximum}\b", narrow)
     for code in (narrow, wide):
         assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+# Products of a 16-bit operand and of tf32, by architecture; where there is none, attention takes float32 ones.
+ATTENTION_PRODUCTS = {
+    "sm_75": {"HalfOperand": "HMMA.1688.F32"},
+    **{
+        name: {
+            "HalfOperand": "HMMA.16816.F32",
+            "Bfloat16Operand": "HMMA.16816.F32.BF16",
+            "Tf32Operand": "HMMA.1688.F32.TF32",
+        }
+        for name in DEFAULT_ARCHITECTURES - {"sm_75"}
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", sorted(DEFAULT_ARCHITECTURES))
+def test_attention_runs_on_tensor_cores(machine_code, architecture):
+    """Every attention kernel multiplies with the instruction csrc/attention promises, feeds it by ldmatrix, and fetches
+    asynchronously where there is such a copy; the float32 ones use no tensor core; none has local memory or atomics."""
+    functions = {name: code for name, code in machine_code(architecture).items() if "attention_" in name}
+    for kernel, variants in (("attention_forward_kernel", 2), ("attention_backward_kernel", 4)):
+        for operand, product in ATTENTION_PRODUCTS[architecture].items():
+            found = [code for name, code in functions.items() if kernel in name and operand in name]
+            assert len(found) == variants
+            for code in found:
+                assert code.count(product + " ") >= 32 and "LDSM" in code
+                assert ("LDGSTS" in code) == (architecture != "sm_75")
+    for name, code in functions.items():
+        assert "_simt_" not in name or ("HMMA" not in code and code.count("FFMA") >= 256), name
+        assert not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", code), name

@@ -7,9 +7,17 @@
 //   B (8 x 8)    b0: rows pair and pair + 1, column group
 //   D (16 x 8)   d0, d1: row group, columns pair and pair + 1;   d2, d3: row group + 8
 //   16 x 16 and 16 x 8 operands: the second half of the depth follows as a2, a3 and b1.
+//   tf32: a register holds one float of column lane % 4 (a0, a1; b0: row lane % 4), then of 4 + lane % 4 (a2, a3; b1)
 #pragma once
 
 #include <cstdint>
+
+// The architecture that device code is compiled for, 80 for sm_80; 0 in host code.
+#if defined(__CUDA_ARCH__)
+#define MEDITOK_ARCHITECTURE (__CUDA_ARCH__ / 10)
+#else
+#define MEDITOK_ARCHITECTURE 0
+#endif
 
 namespace meditok {
 
@@ -41,6 +49,31 @@ __device__ inline float half_to_float(uint32_t bits) {
     return value;
 }
 
+// The same for bfloat16; from sm_80 on.
+__device__ inline uint32_t pack_bfloat2(float low, float high) {
+    uint32_t packed = 0;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#endif
+    return packed;
+}
+
+// Rounded to nearest (ties away from zero) to the 11 significant bits a tf32 product reads; from sm_80 on.
+__device__ inline uint32_t round_tf32(float value) {
+    uint32_t bits = 0;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#endif
+    return bits;
+}
+
+// Within 2^-22 of the power; results under 2^-126 are 0, and 2^-infinity is 0.
+__device__ inline float rough_exp2(float value) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+    return power;
+}
+
 // Within 2^-22 of the root, and in line: the exact one calls a subroutine.
 __device__ inline float rough_sqrt(float value) {
     float root;
@@ -56,6 +89,36 @@ __device__ inline void load_matrices(uint32_t (&matrix)[4], const void* row) {
                  : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
                  : "r"(address)
                  : "memory");
+}
+
+// The same, each matrix transposed: register i holds rows pair and pair + 1 of column `group` of matrix i, a B fragment
+// where rows are stored as B's rows.
+__device__ inline void load_matrices_transposed(uint32_t (&matrix)[4], const void* row) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// 16 aligned bytes from global to shared memory, or zeros where they are not `present` (the source is not read then).
+// From sm_80 on they are there after wait_copies(), elsewhere at once.
+__device__ inline void copy_async(void* shared, const void* global, bool present) {
+#if __CUDA_ARCH__ >= 800
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    const int bytes = present ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+                 : "memory");
+#else
+    *static_cast<uint4*>(shared) = present ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+#endif
+}
+
+// All copies that this thread has begun. Other threads see them after a barrier.
+__device__ inline void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // d = a b + c, fp16 operands, fp32 accumulators. Where c is the start of several products it stays in its registers.
@@ -77,6 +140,26 @@ __device__ inline void mma_k16(float (&d)[4], const uint32_t* a, uint32_t b0, ui
 #else
     mma_k8(d, a, b0, c);
     mma_k8(d, a + 2, b1, d);
+#endif
+}
+
+// d += a b with bfloat16 operands, of a depth of 16; from sm_80 on.
+__device__ inline void mma_bfloat16_k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// d += a b with tf32 operands, of a depth of 8; from sm_80 on.
+__device__ inline void mma_tf32_k8(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 

@@ -14,8 +14,10 @@ __device__ inline int lane_id() {
     return thread_id() % 32;
 }
 
+// Over `kLanes` neighbouring lanes, known to all of them.
+template <int kLanes = 32>
 __device__ inline float warp_sum(float value) {
-    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
     return value;
 }
 

@@ -11,11 +11,21 @@ from .emulation import build
 from .helpers import ROOT
 
 
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    """The kernels compiled by g++ against tests/ops/cuda_emulation."""
+def emulated(tmp_path_factory, op: str):
     if shutil.which("g++") is None or os.uname().machine != "x86_64":
         pytest.skip("g++ on x86_64 is needed")
     if not (ROOT / "csrc").is_dir():
         pytest.skip("the C++ sources are not beside the tests")
-    return build(tmp_path_factory.mktemp("cuda"))
+    return build(tmp_path_factory.mktemp("cuda"), op)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The kernels of csrc/vq compiled by g++ against tests/ops/cuda_emulation."""
+    return emulated(tmp_path_factory, "vq")
+
+
+@pytest.fixture(scope="session")
+def attention_kernels(tmp_path_factory):
+    """The kernels of csrc/attention, likewise."""
+    return emulated(tmp_path_factory, "attention")

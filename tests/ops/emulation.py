@@ -1,4 +1,4 @@
-"""Builds the CUDA sources of csrc/vq with g++, so that they run on the CPU by fibers (tests/ops/cuda_emulation)."""
+"""Builds the CUDA sources of an op with g++, so that they run on the CPU by fibers (tests/ops/cuda_emulation)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def translated(path: Path) -> str:
     return text
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """Every kernel of csrc/vq and the entries of cuda_emulation/*.cpp, in one library."""
-    (folder / "vq").mkdir()
-    for header in (ROOT / "csrc/vq").glob("*.cuh"):
-        (folder / "vq" / header.name).write_text(translated(header))
-    files = [*HERE.glob("*.cpp")]
-    for source in [*(ROOT / "csrc/vq").glob("*.cu"), ROOT / "csrc/vq/vq_cuda.cpp"]:
+def build(folder: Path, op: str) -> ctypes.CDLL:
+    """Every kernel of csrc/OP and the entries of cuda_emulation/OP_*.cpp, in one library."""
+    (folder / op).mkdir()
+    for header in (ROOT / "csrc" / op).glob("*.cuh"):
+        (folder / op / header.name).write_text(translated(header))
+    files = [*HERE.glob(f"{op}_*.cpp")]
+    for source in [*(ROOT / "csrc" / op).glob("*.cu"), ROOT / f"csrc/{op}/{op}_cuda.cpp"]:
         files.append(folder / f"{source.name}.cpp")
         files[-1].write_text(translated(source))
     include = [f"-I{folder}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]

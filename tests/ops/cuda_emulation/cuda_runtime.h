@@ -13,6 +13,7 @@
 #include <functional>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -20,13 +21,16 @@
 #define __host__
 #define __noinline__
 #define __grid_constant__
-#define __forceinline__
+#define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
 
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 {
+    float x, y;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
@@ -58,17 +62,23 @@ enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
     cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 namespace emulation {
-inline int multiprocessors = 2, block_shared = 227 * 1024, multiprocessor_shared = 228 * 1024;
+inline int multiprocessors = 2, block_shared = 227 * 1024, multiprocessor_shared = 228 * 1024, architecture = 80;
 constexpr int kSharedBytes = 227 * 1024;
 alignas(128) inline unsigned char shared[kSharedBytes + 128];
 }  // namespace emulation
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-    *value = name == cudaDevAttrMultiProcessorCount            ? emulation::multiprocessors
-             : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulation::block_shared
-                                                               : emulation::multiprocessor_shared;
+    switch (name) {
+        case cudaDevAttrMultiProcessorCount: *value = emulation::multiprocessors; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::block_shared; break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = emulation::multiprocessor_shared; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = emulation::architecture / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = emulation::architecture % 10; break;
+    }
     return cudaSuccess;
 }
 template <class Kernel>
@@ -93,12 +103,18 @@ struct Block {
     std::vector<char> finished;
     unsigned current = 0;
     Barrier all;
-    std::vector<Barrier> warps;
+    std::vector<Barrier> warps, warpgroups;
     std::vector<std::vector<unsigned char>> slots;
+    std::vector<std::vector<std::pair<void*, const void*>>> copies;  // begun by each thread, not waited for yet
     int total = 0;
     std::function<void()> body;
 };
 inline Block* block = nullptr;
+
+// The other threads go on.
+inline void yield() {
+    if (_setjmp(block->places[block->current]) == 0) _longjmp(block->place, 1);
+}
 
 inline void wait(Barrier& barrier) {
     const unsigned generation = barrier.generation;
@@ -107,9 +123,7 @@ inline void wait(Barrier& barrier) {
         ++barrier.generation;
         return;
     }
-    while (barrier.generation == generation) {
-        if (_setjmp(block->places[block->current]) == 0) _longjmp(block->place, 1);
-    }
+    while (barrier.generation == generation) yield();
 }
 
 inline void start() {
@@ -119,6 +133,10 @@ inline void start() {
 }
 
 constexpr size_t kStack = 64 * 1024;
+
+// Between two barriers threads run one by one, from the last to the first if `backwards`: a result that depends on it
+// lacks a barrier.
+inline bool backwards = false;
 
 inline void run_block(unsigned threads, const std::function<void()>& body) {
     Block state;
@@ -132,7 +150,10 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
     state.all.count = threads;
     state.warps.resize((threads + 31) / 32);
     for (Barrier& warp : state.warps) warp.count = 32;
+    state.warpgroups.resize((threads + 127) / 128);
+    for (Barrier& warpgroup : state.warpgroups) warpgroup.count = 128;
     state.slots.assign(threads, {});
+    state.copies.assign(threads, {});
     state.body = body;
     for (unsigned i = 0; i < threads; ++i) {
         getcontext(&state.fibers[i]);
@@ -143,7 +164,8 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
     }
     for (unsigned left = threads, stuck = 0; left > 0;) {
         if (++stuck > 100000000) throw std::runtime_error("a barrier was not reached by all threads");
-        for (unsigned i = 0; i < threads; ++i) {
+        for (unsigned turn = 0; turn < threads; ++turn) {
+            const unsigned i = backwards ? threads - 1 - turn : turn;
             if (state.finished[i]) continue;
             state.current = i;
             threadIdx = dim3(i, 0, 0);
@@ -154,6 +176,9 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
             }
             left -= state.finished[i];
         }
+    }
+    for (const auto& copies : state.copies) {
+        if (!copies.empty()) throw std::runtime_error("a thread ended before its copies");
     }
 }
 
@@ -182,6 +207,12 @@ inline void exchange(const void* value, size_t bytes) {
 
 inline void read(int lane, void* value, size_t bytes) {
     memcpy(value, block->slots[block->current / 32 * 32 + static_cast<unsigned>(lane)].data(), bytes);
+}
+
+// The same, in place.
+template <class T>
+const T* slot(int lane) {
+    return reinterpret_cast<const T*>(block->slots[block->current / 32 * 32 + static_cast<unsigned>(lane)].data());
 }
 
 inline void release() {
