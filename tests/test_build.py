@@ -40,6 +40,7 @@ SPILL_FREE = (
     "find_copies_kernel",
     "template_op_kernel",
     "attention_forward_kernel",
+    "attention_sm90_kernel",
     "attention_backward_kernel",
     "attention_simt_forward_kernel",
     "attention_simt_backward_kernel",
@@ -204,5 +205,15 @@ def test_attention_runs_on_tensor_cores(machine_code, architecture):
                 assert code.count(product + " ") >= 32 and "LDSM" in code
                 assert ("LDGSTS" in code) == (architecture != "sm_75")
     for name, code in functions.items():
-        assert "_simt_" not in name or ("HMMA" not in code and code.count("FFMA") >= 256), name
+        assert "_simt_" not in name or ("HMMA" not in code and code.count("FFMA") >= 128), name
         assert not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", code), name
+
+
+def test_only_hopper_multiplies_by_warpgroups(machine_code):
+    """wgmma and the copy engine are in the code for sm_90a and nowhere else: eight products of 64 x 64 x 16 a box of
+    keys, four with values as they lie in memory, and copies of boxes."""
+    for architecture in sorted(DEFAULT_ARCHITECTURES):
+        for name, code in machine_code(architecture).items():
+            expected = 8 if architecture == "sm_90a" and "attention_sm90_kernel" in name else 0
+            assert code.count("HGMMA.64x64x16.F32") == code.count("HGMMA") == expected, f"{name} on {architecture}"
+            assert code.count(".tnspB") == expected // 2 and ("UTMALDG" in code) == (expected > 0)

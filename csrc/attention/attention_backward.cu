@@ -239,7 +239,7 @@ __device__ __forceinline__ void backward(const AttentionBackwardParams& params, 
 }
 
 template <class Operand, int kWidth, bool kKeys>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads<Operand>, 2)
     attention_backward_kernel(const __grid_constant__ AttentionBackwardParams params,
                               const __grid_constant__ Plan plan) {
     extern __shared__ uint4 shared[];
@@ -276,7 +276,8 @@ bool launch(const AttentionBackwardParams& params, const Place& place) {
         plan.bytes = plan.mask_start + (masked ? S::kMaskBytes : 0);
         if (plan.bytes <= place.shared_bytes) break;
     }
-    if (plan.stages == 0) return false;
+    if (plan.stages == 0 || !is_compiled(attention_backward_kernel<Operand, kWidth, true>, kThreads))
+        return false;
     plan.delta = reinterpret_cast<float*>(params.scratch);
     const auto vectors = [&](const void* data, const AttentionStrides& strides) {
         return has_vectors(data, strides, f.width, f.type);

@@ -20,7 +20,7 @@ struct Place {
 Place place_of(int device, void* stream);
 
 // Products on tensor cores: fp16 from sm_75 on, bfloat16 and tf32 (of float32 inputs) from sm_80 on. False: the tiles do
-// not fit into the device's shared memory, and nothing was launched.
+// not fit into the device's shared memory, or this build has no such code for it, and nothing was launched.
 bool launch_attention_mma(const AttentionParams& params, const Place& place);
 bool launch_attention_backward_mma(const AttentionBackwardParams& params, const Place& place);
 

@@ -157,7 +157,7 @@ __device__ __forceinline__ void forward(const AttentionParams& params, const Pla
 }
 
 template <class Operand, int kWidth>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads<Operand>, 2)
     attention_forward_kernel(const __grid_constant__ AttentionParams params,
                              const __grid_constant__ Plan plan) {
     extern __shared__ uint4 shared[];
@@ -179,7 +179,7 @@ bool launch(const AttentionParams& params, const Place& place) {
         plan.bytes = plan.mean_start + (params.mean ? S::kMeanBytes : 0);
         if (plan.bytes <= place.shared_bytes) break;
     }
-    if (plan.stages == 0) return false;
+    if (plan.stages == 0 || !is_compiled(attention_forward_kernel<Operand, kWidth>, kThreads)) return false;
     const auto vectors = [&](const void* data, const AttentionStrides& strides) {
         return has_vectors(data, strides, params.width, params.type);
     };

@@ -25,7 +25,7 @@ constexpr int kWidth = 64, kStagingStride = kRowBytes<half_bits, kWidth>;
 constexpr int kStagingBytes = kBoxRows * kStagingStride;
 
 // q, k and v as the copy engine sees them: columns, then head and token with the smaller stride first, then batch.
-struct alignas(64) Maps {
+struct Maps {
     CUtensorMap map[3];
 };
 
@@ -36,8 +36,8 @@ struct Plan {
     bool head_first[3], out_vectors;
 };
 
-__device__ inline void fetch_box(void* box, const Maps& maps, const Plan& plan, int which, uint64_t* barrier,
-                                 int token, int head, int batch) {
+[[maybe_unused]] __device__ inline void fetch_box(void* box, const Maps& maps, const Plan& plan, int which,
+                                                  uint64_t* barrier, int token, int head, int batch) {
     const bool head_first = plan.head_first[which];
     copy_box(box, &maps.map[which], barrier, 0, head_first ? head : token, head_first ? token : head, batch);
 }
@@ -150,7 +150,7 @@ __device__ __forceinline__ void forward_sm90(const AttentionParams& params, cons
 }
 
 template <class Operand>
-__global__ void __launch_bounds__(kBlockThreads, 2)
+__global__ void __launch_bounds__(MEDITOK_HOPPER ? kBlockThreads : 32, 2)
     attention_sm90_kernel(const __grid_constant__ AttentionParams params, const __grid_constant__ Maps maps,
                           const __grid_constant__ Plan plan) {
     extern __shared__ uint4 shared[];
@@ -233,7 +233,10 @@ bool launch_attention_sm90(const AttentionParams& params, const Place& place) {
                           (kGroups + boxes) * static_cast<int64_t>(sizeof(uint64_t));
     if (bytes > place.shared_bytes) return false;
     const DeviceGuard guard(place.device);
-    if (tensor_map_encoder() == nullptr) return false;
+    const bool compiled = params.type == Dtype::kFloat16
+                              ? is_compiled(attention_sm90_kernel<HalfOperand>, kBlockThreads)
+                              : is_compiled(attention_sm90_kernel<Bfloat16Operand>, kBlockThreads);
+    if (!compiled || tensor_map_encoder() == nullptr) return false;
     Maps maps;
     Plan plan{1, static_cast<int>(boxes), static_cast<int>(bytes), {}, false};
     if (!encode_map(maps.map[0], plan.head_first[0], params.q, params.q_strides, params, params.queries) ||

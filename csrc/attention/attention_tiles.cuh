@@ -8,6 +8,12 @@ namespace meditok {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
+
+// Threads that a kernel for an operand may have: too few to be launched where it was not compiled, such as a kernel for
+// sm_80 in a build for sm_75 that runs on a newer device, so that is_compiled() tells and nothing empty runs.
+template <class Operand>
+constexpr int kMaxThreads = MEDITOK_ARCHITECTURE >= Operand::kArchitecture ? kThreads : 32;
+
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 __device__ inline float to_float(float value) {
@@ -27,6 +33,13 @@ __device__ inline float element(const void* data, Dtype type, int64_t index) {
         case Dtype::kFloat16: return to_float(static_cast<const half_bits*>(data)[index]);
         default: return to_float(static_cast<const bfloat16_bits*>(data)[index]);
     }
+}
+
+template <class Kernel>
+bool is_compiled(Kernel kernel, int threads) {
+    cudaFuncAttributes attributes;
+    cuda_check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    return attributes.maxThreadsPerBlock >= threads;
 }
 
 // One head of an array: where its row 0 starts, its strides in elements, and whether rows are 16-byte vectors.

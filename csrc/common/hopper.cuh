@@ -104,6 +104,7 @@ __device__ inline void pin_sums(float (&d)[8][4]) {
 // Before the first of several products into d: registers written so far are seen by them.
 __device__ inline void begin_products(float (&d)[8][4]) {
 #if MEDITOK_HOPPER
+    __syncwarp();
     pin_sums(d);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif

@@ -87,6 +87,14 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
     return cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+    int maxThreadsPerBlock;
+};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+    return attributes->maxThreadsPerBlock = 1024, cudaSuccess;
+}
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
