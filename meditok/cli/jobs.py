@@ -136,9 +136,9 @@ def find_inputs(inputs: Sequence[str], options: ReadOptions, outputs: Sequence[s
     """Walk the inputs and tell what the walk noticed. UsageError: an output is an input, or names collide."""
     from ..data import discover
 
-    found = discover(inputs, options)
+    found = discover(inputs, options, console.progress)
     guard_outputs(inputs, found, outputs)
-    found.failed[:] = [(_relative(path, inputs), error) for path, error in found.failed]
+    found.failed[:] = [(found.names[path], error) for path, error in found.failed]  # as rows would be named
     for warning in found.warnings:
         console.warning(warning, private=True)
     return found
@@ -150,18 +150,11 @@ def guard_outputs(inputs: Sequence[str], found: Discovery, outputs: Sequence[str
     read += [path for path, _ in found.failed]
     for given in outputs:
         out = Path(os.path.realpath(given))
-        inside = [path for path in read if _within(path, out)] + [p for p in inputs if Path(os.path.realpath(p)) == out]
+        held = [path for path in read if _within(path, out)] if out.exists() else []
+        inside = held + [p for p in inputs if Path(os.path.realpath(p)) == out]
         if inside:
             raise UsageError(f"{given}: is an input, or holds one ({inside[0]}); choose another output")
         found.ignored[:] = [(path, reason) for path, reason in found.ignored if not _within(path, out)]
-
-
-def _relative(path: str, inputs: Sequence[str]) -> str:
-    """Name of a failed file as its rows would have had it: relative to the input it came with."""
-    for folder in inputs:
-        if os.path.isdir(folder) and Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents:
-            return Path(os.path.relpath(path, folder)).as_posix()
-    return Path(path).name
 
 
 def _within(path: str, folder: Path) -> bool:

@@ -47,7 +47,7 @@ class Probe:
         yield source.probe(check)
 
 
-def scan(found: Discovery, probe: Probe | None = None) -> list[dict]:
+def scan(found: Discovery, probe: Probe | None = None, workers: int | None = None) -> list[dict]:
     """One record a file, as Source.probe gives them, those that failed already included."""
     from ..bulk.workers import default_workers, stream
 
@@ -65,7 +65,8 @@ def scan(found: Discovery, probe: Probe | None = None) -> list[dict]:
         for path, error in found.failed
     ]
     with console.progress("reading", len(found.sources)) as advance:
-        workers = default_workers(len(found.sources), on_gpu=True)
+        if workers is None:
+            workers = default_workers(len(found.sources), on_gpu=True)
         with closing(stream(probe or Probe(), found.sources, workers)) as probed:
             for some in probed:
                 records += some
@@ -101,7 +102,7 @@ def predicted_code(records: list[dict], on_error: str) -> int:
 
 def rehearse(job: Job, json_out: str | None) -> int:
     """Say what a run would do, write nothing but the report, and return what the run would."""
-    records = scan(job.found, Probe(job.settings.size_for(job.model), job.settings.fit))
+    records = scan(job.found, Probe(job.settings.size_for(job.model), job.settings.fit), job.workers)
     for record in records:
         if record["error"]:
             console.warning(f"would fail: {record['error']}", private=True)

@@ -38,7 +38,7 @@ def command(inputs: tuple[str, ...], out: str | None, json_out: str | None, dry_
     from ..tokens.store import is_single_file
     from . import jobs, store_run
 
-    if out is None and not dry_run:
+    if not (out or (out is None and dry_run)):
         raise UsageError("tokenize: no output; name one with -o (OUT.parquet or a folder), or pass --dry-run")
     if out == json_out == "-":
         raise UsageError("tokenize: -o - and --json - both want stdout; give one of them a file")

@@ -7,7 +7,8 @@ from meditok.data.image import Geometry, MedicalImage
 from meditok.data.options import MODALITIES, Limits, ReadOptions
 from meditok.data.processor import Processor
 from meditok.data.reading import frames, read
-from meditok.data.sources import Discovery, Row, Source, discover
+from meditok.data.sources import Row, Source, discover
+from meditok.data.walk import Discovery
 
 __all__ = [
     "MODALITIES",

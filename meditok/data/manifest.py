@@ -86,7 +86,8 @@ def _rows(path: str) -> list[dict]:
         kind = "UTF-8 CSV" if path.lower().endswith(".csv") else "Parquet"
         raise CorruptImageError(f"{path}: the manifest cannot be read as {kind}; save it again") from error
     if rows and not {"path", "identifier"} & set(rows[0]):
-        raise BadInputError(f"{path}: the manifest has no column path or identifier; add one")
+        there = ", ".join(repr(str(name)) for name in list(rows[0])[:_SHOWN])
+        raise BadInputError(f"{path}: the manifest has no column path or identifier, but {there}; name one so")
     return rows
 
 

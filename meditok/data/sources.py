@@ -1,4 +1,4 @@
-"""What a command walks: from files, folders, globs, manifests and tars to sources, and from sources to rows.
+"""What a command reads: from the files of its inputs to sources, and from sources to rows.
 
 Every input found ends up in exactly one of three lists: sources (whose rows are ok or failed), ignored, or
 failed. Names are posix paths relative to the input they came from, so that outputs never collide and never
@@ -7,18 +7,18 @@ depend on where the data lies.
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from meditok.data import archives, manifest
+from meditok.data import manifest
 from meditok.data.image import MedicalImage
 from meditok.data.options import ReadOptions
 from meditok.data.readers import open_blob, sniff
 from meditok.data.readers.blob import Blob
+from meditok.data.walk import PACKED, Discovery, Found, expand
 from meditok.data.windows import parse_window
 from meditok.errors import BadInputError, IntensityError, MeditokError, UsageError
 
@@ -165,107 +165,39 @@ class Source:
         return list(records.values())
 
 
-@dataclass
-class Discovery:
-    """Everything the inputs hold. found = len(sources' files) + len(ignored) + len(failed)."""
-
-    sources: list[Source] = field(default_factory=list)
-    ignored: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
-    failed: list[tuple[str, MeditokError]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+@contextmanager
+def _silently(label: str, total: int) -> Iterator[Callable[[], object]]:
+    yield lambda: None
 
 
-@dataclass
-class _Found:
-    blob: Blob
-    name: str
-    named: bool  # given explicitly, so that ignoring it is an error
-    columns: dict = field(default_factory=dict)
-
-
-def discover(inputs: Sequence[str | os.PathLike], options: ReadOptions | None = None) -> Discovery:
-    """Sort out what the inputs hold; only headers are read.
+def discover(
+    inputs: Sequence[str | os.PathLike],
+    options: ReadOptions | None = None,
+    progress: Callable[[str, int], AbstractContextManager[Callable[[], object]]] = _silently,
+) -> Discovery:
+    """Sort out what the inputs hold; only headers are read. `progress` is told how many files there are, and of each.
 
     Raises UsageError for an input that does not exist, for equal relative names from two inputs, and for a
     CT window when there is no CT. Everything else that is wrong is listed in `failed`.
     """
     options = options or ReadOptions()
     discovery = Discovery()
-    found: list[_Found] = []
+    found: list[Found] = []
     for item in inputs:
-        _expand(os.fspath(item), discovery, found)
+        found += expand(os.fspath(item), discovery)
     _refuse_equal_names(found)
-    dicom: list[tuple[_Found, ReadOptions]] = []
-    for file in found:
-        _sort_out(file, options, discovery, dicom)
-    _series(dicom, discovery, options)
+    dicom: list[tuple[Found, ReadOptions]] = []
+    with progress("looking at files", len(found)) as advance:
+        for file in found:
+            if _sort_out(file, options, discovery, dicom):
+                advance()
+        _series(dicom, discovery, options, advance)
     discovery.sources.sort(key=lambda source: source.name)
     _check_ct_window(discovery, options, named=len(found) == 1 and found[0].named)
     return discovery
 
 
-def _expand(item: str, discovery: Discovery, found: list[_Found]) -> None:
-    """Files of one input argument."""
-    if os.path.isdir(item):
-        labels = manifest.label_columns(item)
-        for folder, folders, files in os.walk(item):
-            folders.sort()
-            for file in sorted(files):
-                path = os.path.join(folder, file)
-                name = manifest.relative_name(path, item)
-                if file.startswith(".") or name == manifest.LABEL_FILE:
-                    discovery.ignored.append(
-                        (path, "labels of this folder" if name == manifest.LABEL_FILE else "hidden file")
-                    )
-                elif os.path.exists(path) and not os.path.isfile(path):
-                    discovery.ignored.append((path, "a pipe or device"))  # opening a pipe would wait for ever
-                elif file.lower().endswith(".tar"):
-                    _expand_tar(path, name, discovery, found, labels)
-                else:
-                    found.append(_Found(Blob.of(path), name, False, labels.get(name, {})))
-    elif os.path.isfile(item):
-        if item.lower().endswith(manifest.SUFFIXES):
-            _expand_manifest(item, discovery, found)
-        elif item.lower().endswith(".tar"):
-            _expand_tar(item, os.path.basename(item), discovery, found)
-        else:
-            found.append(_Found(Blob.of(item), os.path.basename(item), True))
-    elif glob.has_magic(item):
-        root = Path(*_fixed_parts(item))
-        paths = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
-        if not paths:
-            raise UsageError(f"{item}: no file matches; correct the pattern")
-        found += [_Found(Blob.of(path), manifest.relative_name(path, root), False) for path in paths]
-    else:
-        raise BadInputError(f"{item}: no such file or folder; correct the path")
-
-
-def _fixed_parts(pattern: str) -> list[str]:
-    parts: list[str] = []
-    for part in Path(pattern).parts[:-1]:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return parts
-
-
-def _expand_tar(path: str, name: str, discovery: Discovery, found: list[_Found], labels: dict | None = None) -> None:
-    """Members of a tar; a folder's manifest labels them as "<tar>#<member>"."""
-    members, ignored, failed = archives.read_tar(path)
-    discovery.ignored += ignored
-    discovery.failed += failed
-    for member in members:
-        columns = (labels or {}).get(f"{name}#{member.name}", {}) | member.columns
-        found.append(_Found(member.blob, f"{name}/{member.name}", False, columns))
-
-
-def _expand_manifest(path: str, discovery: Discovery, found: list[_Found]) -> None:
-    entries, failed = manifest.read_manifest(path)
-    discovery.failed += failed
-    found += [_Found(Blob.of(entry.file), entry.name, True, entry.columns) for entry in entries]
-
-
-def _refuse_equal_names(found: list[_Found]) -> None:
+def _refuse_equal_names(found: list[Found]) -> None:
     seen: dict[str, str] = {}
     for file in found:
         if file.name in seen:
@@ -277,22 +209,20 @@ def _refuse_equal_names(found: list[_Found]) -> None:
         seen[file.name] = file.blob.label
 
 
-def _sort_out(file: _Found, options: ReadOptions, discovery: Discovery, dicom: list) -> None:
-    """Put one file into sources, ignored, failed, or among the DICOM files that are grouped later."""
+def _sort_out(file: Found, options: ReadOptions, discovery: Discovery, dicom: list) -> bool:
+    """Put one file into sources, ignored or failed; False: it is DICOM, and among those that are grouped later."""
     try:
         kind = sniff(file.blob)
         if kind is None:
-            if file.named:
-                open_blob(file.blob, options)  # raises NotAnImageError
-            discovery.ignored.append((file.blob.label, "not an image"))
-            return
+            _leave_out(file, options, discovery)
+            return True
         own = manifest.options_for(options, file.columns, file.blob.label)
     except MeditokError as error:
-        discovery.failed.append((file.blob.label, error))
-        return
+        discovery.fail(file.blob.label, file.name, error)
+        return True
     if kind == "dicom":
         dicom.append((file, own))
-        return
+        return False
     discovery.sources.append(
         Source(
             file.blob.label,
@@ -304,6 +234,21 @@ def _sort_out(file: _Found, options: ReadOptions, discovery: Discovery, dicom: l
             kind=kind,
         )
     )
+    return True
+
+
+def _leave_out(file: Found, options: ReadOptions, discovery: Discovery) -> None:
+    """A file of no kind that is read: ignored, an error where it was named. A packed archive may hold pictures."""
+    label = file.blob.label
+    packed = label.lower().endswith(PACKED)
+    advice = "a compressed archive, which is not read; unpack it, or make a plain .tar of it"
+    if file.named and packed:
+        raise BadInputError(f"{label}: {advice}")
+    if file.named:
+        open_blob(file.blob, options)  # raises NotAnImageError
+    if packed:
+        discovery.warnings.append(f"{label}: {advice}")
+    discovery.ignored.append((label, "a compressed archive" if packed else "not an image"))
 
 
 def _sidecar(kind: str, blob: Blob) -> str | None:
@@ -317,7 +262,9 @@ def _sidecar(kind: str, blob: Blob) -> str | None:
         return None  # opening the file reports it
 
 
-def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, options: ReadOptions) -> None:
+def _series(
+    files: list[tuple[Found, ReadOptions]], discovery: Discovery, options: ReadOptions, advance: Callable[[], object]
+) -> None:
     """Group DICOM files by series, orientation and size, one Source a group."""
     if not files:
         return
@@ -328,6 +275,7 @@ def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, optio
     matched = False
     for file, own in files:
         label = file.blob.label
+        advance()
         try:
             header = Header(file.blob, own)
             reason = header.not_an_image()
@@ -340,7 +288,7 @@ def _series(files: list[tuple[_Found, ReadOptions]], discovery: Discovery, optio
             header.check_pixels()
             slices = slices_of(header)
         except MeditokError as error:
-            discovery.failed.append((label, error))
+            discovery.fail(label, file.name, error)
             continue
         if options.series is not None:
             if options.series not in (slices[0].series, slices[0].number):
@@ -386,7 +334,7 @@ def _check_ct_window(discovery: Discovery, options: ReadOptions, *, named: bool)
         source = discovery.sources.pop()
         what = f"window {request.name!r} is in Hounsfield units and this is not stated to be CT"
         message = f"{source.path}: {what}; pass --modality ct if it is, else use auto or LOW:HIGH"
-        discovery.failed.append((source.path, IntensityError(message)))
+        discovery.fail(source.path, source.name, IntensityError(message))
         return
     raise UsageError(
         f"window {request.name!r} is for CT and none of the inputs is; pass --modality ct, or another window"

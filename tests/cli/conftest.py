@@ -1,5 +1,6 @@
 """Real files made by script, a saved model, and the command line run in this process."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import meditok
-from meditok.cli import run
+from meditok.cli import jobs, run
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +37,16 @@ def model_dir(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def load_once():
+    """load_model of the commands, which loads no model twice: they change none, and fresh processes load theirs."""
+    return functools.cache(jobs.load_model)
+
+
 @pytest.fixture
-def cli(capsys, model_dir):
+def cli(capsys, model_dir, load_once, monkeypatch):
     """cli(*arguments) -> (exit code, stdout, stderr), with the saved model and 64 pixels unless given."""
+    monkeypatch.setattr(jobs, "load_model", load_once)
 
     def call(*arguments):
         arguments = [str(a) for a in arguments]

@@ -151,6 +151,7 @@ def test_a_forced_backend_without_kernels_for_the_device_is_exit_4(process, pict
 
 
 def test_the_demo_writes_two_files_and_prints_a_line_a_modality(cli, tmp_path, monkeypatch, key_file):
+    """Marking the scan that the bundled model was trained on."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEDITOK_KEY_FILE")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
@@ -167,10 +168,6 @@ def test_the_demo_writes_two_files_and_prints_a_line_a_modality(cli, tmp_path, m
     assert len(out.splitlines()) >= 4
     sheet = Image.open(tmp_path / "meditok-demo" / "side-by-side.png")
     assert sheet.width > 1000 and sheet.height > 600
-
-
-def test_the_demo_marks_a_scan_that_the_bundled_model_was_trained_on(cli, tmp_path):
-    code, out, _ = cli("demo", "-o", tmp_path / "demo")
     assert [line.split()[0] for line in out.splitlines() if "seen in training" in line] == ["Fundus"]
 
 

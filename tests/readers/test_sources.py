@@ -64,6 +64,67 @@ def test_names_are_relative_to_their_input_and_equal_ones_are_an_error(tmp_path)
         discover([str(tmp_path / "*.dcm")])
 
 
+def test_a_glob_takes_files_folders_tars_and_manifests_as_a_shell_would_give_them(tmp_path):
+    """Names are relative to the folder in front of the first wildcard; nothing that matches is dropped."""
+    data = (tmp_path / "picture").with_suffix(".png")
+    png(data, noise(8, 8))
+    for site in ("a", "b"):
+        (tmp_path / "in" / site).mkdir(parents=True)
+        png(tmp_path / "in" / site / "1.png", noise(8, 8))
+    tar(tmp_path / "in" / "t.tar", ("x/k.png", data.read_bytes()))
+    (tmp_path / "in" / "list.csv").write_text("path,id\na/1.png,one\n")
+    assert names(discover([f"{tmp_path}/in/*"])) == ["a/1.png#0", "b/1.png#0", "t.tar/x/k.png#0"]
+    assert names(discover([f"{tmp_path}/in/*.tar"])) == ["t.tar/x/k.png#0"]
+    assert names(discover([f"{tmp_path}/in/*.csv"])) == ["one#0"]
+    assert names(discover([f"{tmp_path}/in/**/*.png"])) == ["a/1.png#0", "b/1.png#0"]
+    assert names(discover([f"{tmp_path}/in/**"])) == ["a/1.png#0", "b/1.png#0", "t.tar/x/k.png#0"]
+
+
+def test_a_folder_that_cannot_be_listed_is_a_failure(tmp_path):
+    """Here because its path is longer than the system allows."""
+    png(tmp_path / "a.png", noise(8, 8))
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    for _ in range(25):
+        os.mkdir("d" * 200)
+        os.chdir("d" * 200)
+    os.chdir(before)
+    found = discover([tmp_path])
+    assert names(found) == ["a.png#0"]
+    ((path, error),) = found.failed
+    assert isinstance(error, BadInputError) and "cannot be listed (File name too long)" in str(error)
+    assert found.names[path].startswith("ddd")
+
+
+def test_links_to_folders_and_packed_archives_are_left_out_with_a_warning(tmp_path):
+    """They may hold pictures: links could lead round in a circle, and archives are only read as plain tars."""
+    png(tmp_path / "a.png", noise(8, 8))
+    os.symlink(tmp_path, tmp_path / "again")
+    (tmp_path / "b.tar.gz").write_bytes(b"\x1f\x8b\x08")
+    found = discover([tmp_path])
+    assert names(found) == ["a.png#0"]
+    assert sorted(reason for _, reason in found.ignored) == ["a compressed archive", "a link to a folder"]
+    assert [warning.partition(": ")[0] for warning in found.warnings] == [f"{tmp_path}/again", f"{tmp_path}/b.tar.gz"]
+    ((_, error),) = discover([tmp_path / "b.tar.gz"]).failed
+    assert "make a plain .tar of it" in str(error)
+
+
+def test_failures_carry_the_names_their_rows_would_have_had(tmp_path):
+    """So that two of one basename are two in reports and lists of failures."""
+    for site in ("a", "b"):
+        (tmp_path / site).mkdir()
+        (tmp_path / site / "1.png").write_bytes(b"")
+        tar(tmp_path / site / "t.tar", ("../x.png", b""))
+    (tmp_path / "list.csv").write_text("path\ngone.png\n")
+    for given, expected in (
+        ([tmp_path], ["a/1.png", "a/t.tar/../x.png", "b/1.png", "b/t.tar/../x.png"]),
+        ([f"{tmp_path}/*/1.png"], ["a/1.png", "b/1.png"]),
+        ([tmp_path / "a" / "t.tar"], ["t.tar/../x.png"]),
+        ([tmp_path / "list.csv"], ["list.csv row 2"]),
+    ):
+        assert sorted(discover(given).names.values()) == expected
+
+
 def test_a_manifest_gives_modality_columns_and_ids(tmp_path):
     """CSV and Parquet; `identifier` works for `path`; published modality names are understood."""
     import pyarrow as pa
