@@ -10,7 +10,7 @@
 namespace meditok {
 
 // Signatures of the entries, as meditok/native.py expects them; raise both together.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 using Address = std::uintptr_t;
 
@@ -22,6 +22,8 @@ enum Entry {
     kVqQuantizeBackward,
     kVqStats,
     kVqUpdate,
+    kAttention,
+    kAttentionBackward,
     kVqPackCuda,
     kVqAssignCuda,
     kVqLookupCuda,
@@ -29,6 +31,8 @@ enum Entry {
     kVqQuantizeBackwardCuda,
     kVqStatsCuda,
     kVqUpdateCuda,
+    kAttentionCuda,
+    kAttentionBackwardCuda,
     kEntries
 };
 constexpr const char* kEntryNames[kEntries] = {"vq_pack",
@@ -38,13 +42,17 @@ constexpr const char* kEntryNames[kEntries] = {"vq_pack",
                                                "vq_quantize_backward",
                                                "vq_stats",
                                                "vq_update",
+                                               "attention",
+                                               "attention_backward",
                                                "vq_pack_cuda",
                                                "vq_assign_cuda",
                                                "vq_lookup_cuda",
                                                "vq_quantize_cuda",
                                                "vq_quantize_backward_cuda",
                                                "vq_stats_cuda",
-                                               "vq_update_cuda"};
+                                               "vq_update_cuda",
+                                               "attention_cuda",
+                                               "attention_backward_cuda"};
 extern std::atomic<int64_t> entry_calls[kEntries];
 
 inline void count_call(Entry entry) {
@@ -58,5 +66,6 @@ T* pointer(Address address) {
 
 void bind_vq(pybind11::module_& module);
 void bind_vq_train(pybind11::module_& module);
+void bind_attention(pybind11::module_& module);
 
 }  // namespace meditok

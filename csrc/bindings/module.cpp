@@ -70,6 +70,7 @@ PYBIND11_MODULE(_core, module) {
 #endif
     bind_vq(module);
     bind_vq_train(module);
+    bind_attention(module);
     module.def(
         "template_op",
         [](Address x, int64_t size, int64_t stride, Address out, int threads) {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from meditok import native
-from meditok.ops._library import FLOAT_NAMES, FLOATS, METRICS
+from meditok.ops._library import FLOAT_NAMES, FLOATS, METRICS, dtype_name
 
 Scratch = Callable[[int], Any]
 
@@ -175,6 +175,71 @@ def update(
         arguments += (address, *strides)
     arguments += (settings["decay"], settings["eps"], METRICS[settings["metric"]])
     _run("vq_update", codebook, arguments, scratch, codebook.shape)
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
+# q, k, v and out are seen as (B, H, tokens, D), whatever lies behind; lse (B, H, N) float32 contiguous. Where a core
+# has CUDA kernels for it is asked by `has_cuda_attention`.
+
+
+def has_cuda_attention() -> bool:
+    return hasattr(native.core, "attention_cuda")
+
+
+def attention(q: Any, k: Any, v: Any, mask: Any, settings: dict[str, Any], out: Any, lse: Any) -> None:
+    """-> out, shaped as q or, for the mean over heads, (B, N, D); lse may be None."""
+    params = _attention_params(q, k, v, mask, settings, out, lse)
+    place = _place(q)
+    if place is None:
+        native.core.attention(params, native.threads())
+    else:
+        native.core.attention_cuda(params, *place)
+
+
+def attention_backward(
+    grad: Any,
+    inputs: tuple[Any, Any, Any, Any],
+    settings: dict[str, Any],
+    out: Any,
+    lse: Any,
+    grads: tuple[Any, Any, Any],
+    scratch: Scratch,
+) -> None:
+    """Gradients of `attention` of inputs (q, k, v, mask) -> grads to q, k and v."""
+    params = _attention_params(*inputs, settings, out, lse)
+    addresses, strides = zip(*(_view(array) for array in grads), strict=True)
+    address, grad_strides = _view(grad)
+    arguments = (params, address, _of_out(grad_strides), *addresses, *strides)
+    place = _place(grad)
+    if place is None:
+        native.core.attention_backward(*arguments, native.threads())
+        return
+    buffer = scratch(native.core.attention_backward_scratch_bytes(params))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    native.core.attention_backward_cuda(*arguments, _view(buffer)[0], deterministic, *place)
+
+
+def _attention_params(q: Any, k: Any, v: Any, mask: Any, settings: dict[str, Any], out: Any, lse: Any) -> Any:
+    addresses, strides = zip(*(_view(array) for array in (q, k, v)), strict=True)
+    kind = 1 if settings["is_causal"] else 0  # MaskKind of csrc/attention/attention.h
+    mask_address, mask_strides = 0, (0, 0, 0, 0)
+    if mask is not None:
+        kind = 3 if dtype_name(mask) in FLOAT_NAMES else 2
+        mask_address, mask_strides = _view(mask)
+    out_address, out_strides = _view(out)
+    return native.core.AttentionParams(
+        *addresses,
+        _dtype(q),
+        *(*q.shape[:3], k.shape[2], q.shape[3]),
+        *strides,
+        *(kind, mask_address, mask_strides, settings["scale"]),
+        *(settings["mean"], out_address, _of_out(out_strides), 0 if lse is None else _view(lse)[0]),
+    )
+
+
+def _of_out(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of (B, H, N, D); a mean over heads has no second axis."""
+    return strides if len(strides) == 4 else (strides[0], 0, *strides[1:])
 
 
 def _mask(mask: Any) -> tuple[int, int]:

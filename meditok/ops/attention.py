@@ -9,13 +9,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from meditok import native
 from meditok.errors import DtypeError, ShapeError
-from meditok.ops import reference
+from meditok.ops import _native, reference
 from meditok.ops._cupy import on_torch
-from meditok.ops._library import check_float, check_rank, check_same_device, kind_of, library, to_torch
-from meditok.ops.quantize import _arrays
+from meditok.ops._library import (
+    check_float,
+    check_rank,
+    check_same_device,
+    dtype_name,
+    kind_of,
+    library,
+    plain,
+    refuse_second_derivative,
+    to_torch,
+)
+from meditok.ops.quantize import one_by_one
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
@@ -34,7 +47,7 @@ def _check_attention(q: Any, k: Any, v: Any, attn_mask: Any, is_causal: bool) ->
         )
     if attn_mask is not None and is_causal:
         raise ShapeError("attn_mask and is_causal=True were both given; fold the causal part into the mask")
-    if attn_mask is not None and str(attn_mask.dtype) not in ("torch.bool", "bool", str(q.dtype)):
+    if attn_mask is not None and dtype_name(attn_mask) not in ("bool", dtype_name(q)):
         raise DtypeError(f"attn_mask has dtype {attn_mask.dtype}; bool (True = attend) or {q.dtype} is needed")
     scores = (*q.shape[:3], k.shape[2])
     if attn_mask is not None and not _broadcasts(tuple(attn_mask.shape), scores):
@@ -50,16 +63,212 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return 2 <= len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in pairs)
 
 
+# ---- which backend -----------------------------------------------------------------------------------------
+
+
+def _by_kernel(array: Any, mask_needed: bool = False) -> bool:
+    """Whether the compiled kernels take this input; PyTorch's own attention, by the reference, takes the others."""
+    if dtype_name(array) == "float64" or mask_needed:
+        return False  # MKL's products in float64, and the gradient to an additive mask, are PyTorch's
+    if isinstance(array, Tensor) and array.device.type == "cuda":
+        return _cuda_kernels(array.device.index)
+    return native.backend == "native" and native.isa != "neon"  # on Arm PyTorch beats the scalar loop
+
+
+@torch.compiler.assume_constant_result
+def _cuda_kernels(device: int) -> bool:
+    return native.cuda_backend(device) == "native" and _native.has_cuda_attention()
+
+
 # ---- schema and kernels ------------------------------------------------------------------------------------
+# Beside the result come the row statistics lse (B, H, N) float32, log sum exp of the scores, for the backward; empty,
+# (B, H, 0), where PyTorch's attention ran, whose backward runs it again.
 
 library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask=None, *, "
-    "bool is_causal=False, float? scale=None) -> Tensor"
+    "bool is_causal=False, float? scale=None) -> (Tensor, Tensor)"
 )
-library.define("attention_qkv(Tensor qkv, *, bool is_causal=False, float? scale=None, str? reduce=None) -> Tensor")
-# Composite: PyTorch derives fake, autograd and vmap from the reference itself.
-library.impl("attention", reference.attention, "CompositeImplicitAutograd")
-library.impl("attention_qkv", reference.attention_qkv, "CompositeImplicitAutograd")
+library.define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor out, Tensor lse, *, "
+    "bool is_causal, float? scale, bool mask_needed=False) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "attention_qkv(Tensor qkv, *, bool is_causal=False, float? scale=None, str? reduce=None) -> (Tensor, Tensor)"
+)
+library.define(
+    "attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, *, "
+    "bool is_causal, float? scale, str? reduce) -> Tensor"
+)
+
+
+def _by_heads(out: Tensor, heads: int) -> Tensor:
+    """(B, N, H * D) seen as (B, H, N, D); a mean over heads (B, N, D) as it is."""
+    return out.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _settings(width: int, is_causal: bool, scale: float | None, reduce: str | None = None) -> dict[str, Any]:
+    if scale is None:
+        scale = width**-0.5 if width else 1.0
+    return {"is_causal": is_causal, "scale": float(scale), "mean": reduce == "mean"}
+
+
+def _expanded(mask: Any, q: Any, k: Any) -> Any:
+    """The mask as (B, H, N, M), its broadcast axes with stride 0."""
+    shape = (*q.shape[:3], k.shape[2])
+    if mask is None:
+        return None
+    return mask.expand(shape) if isinstance(mask, Tensor) else np.broadcast_to(mask, shape)
+
+
+def _no_lse(q: Tensor) -> Tensor:
+    return q.new_empty((*q.shape[:2], 0), dtype=torch.float32)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    if not _by_kernel(q):
+        return reference.attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale), _no_lse(q)
+    batch, heads, queries, width = q.shape
+    out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    _native.attention(q, k, v, _expanded(attn_mask, q, k), _settings(width, is_causal, scale), out, lse)
+    return out, lse
+
+
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    mask_needed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _by_kernel(q, mask_needed):
+        return reference.attention_backward(
+            grad, q, k, v, attn_mask, is_causal=is_causal, scale=scale, mask_needed=mask_needed
+        )
+    grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
+    inputs = (q, k, v, _expanded(attn_mask, q, k))
+    _native.attention_backward(grad, inputs, _settings(q.shape[3], is_causal, scale), out, lse, grads, _scratch(q))
+    return *grads, q.new_empty(0)
+
+
+def _attention_qkv(
+    qkv: Tensor, *, is_causal: bool = False, scale: float | None = None, reduce: str | None = None
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, _, heads, width = qkv.shape
+    if not _by_kernel(qkv):
+        lse = qkv.new_empty((batch, heads, 0), dtype=torch.float32)
+        return reference.attention_qkv(qkv, is_causal=is_causal, scale=scale, reduce=reduce), lse
+    out = qkv.new_empty((batch, tokens, width if reduce == "mean" else heads * width))
+    lse = qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
+    settings = _settings(width, is_causal, scale, reduce)
+    _native.attention(*_unpacked(qkv), None, settings, out if settings["mean"] else _by_heads(out, heads), lse)
+    return out, lse
+
+
+def _attention_qkv_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float | None, reduce: str | None
+) -> Tensor:
+    if not _by_kernel(qkv):
+        return reference.attention_qkv_backward(grad, qkv, is_causal=is_causal, scale=scale, reduce=reduce)
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    settings = _settings(qkv.shape[4], is_causal, scale, reduce)
+    if not settings["mean"]:
+        grad, out = (_by_heads(tensor, qkv.shape[3]) for tensor in (grad, out))
+    _native.attention_backward(grad, (*_unpacked(qkv), None), settings, out, lse, _unpacked(grad_qkv), _scratch(qkv))
+    return grad_qkv
+
+
+def _unpacked(qkv: Any) -> tuple[Any, Any, Any]:
+    """Views (B, H, N, D) of q, k and v in (B, N, 3, H, D)."""
+    return tuple(qkv[:, :, part].swapaxes(1, 2) for part in range(3))
+
+
+def _scratch(tensor: Tensor) -> Any:
+    return lambda size: torch.empty(size, dtype=torch.uint8, device=tensor.device)
+
+
+KERNELS = {
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "attention_qkv": _attention_qkv,
+    "attention_qkv_backward": _attention_qkv_backward,
+}
+for _name, _kernel in KERNELS.items():
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+# ---- fake --------------------------------------------------------------------------------------------------
+
+
+def _lse_fake(like: Tensor, batch: Any, heads: Any, rows: Any) -> Tensor:
+    return like.new_empty((batch, heads, rows if _by_kernel(like) else 0), dtype=torch.float32)
+
+
+@torch.library.register_fake("meditok::attention", lib=library)
+def _attention_fake(q, k, v, attn_mask=None, *, is_causal=False, scale=None):
+    batch, heads, queries, width = q.shape
+    return q.new_empty((batch, queries, heads, width)).transpose(1, 2), _lse_fake(q, batch, heads, queries)
+
+
+@torch.library.register_fake("meditok::attention_backward", lib=library)
+def _attention_backward_fake(grad, q, k, v, attn_mask, out, lse, *, is_causal, scale, mask_needed=False):
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(attn_mask.shape if mask_needed else (0,))
+
+
+@torch.library.register_fake("meditok::attention_qkv", lib=library)
+def _attention_qkv_fake(qkv, *, is_causal=False, scale=None, reduce=None):
+    batch, tokens, _, heads, width = qkv.shape
+    out = qkv.new_empty((batch, tokens, width if reduce == "mean" else heads * width))
+    return out, _lse_fake(qkv, batch, heads, tokens)
+
+
+@torch.library.register_fake("meditok::attention_qkv_backward", lib=library)
+def _attention_qkv_backward_fake(grad, qkv, out, lse, *, is_causal, scale, reduce):
+    return qkv.new_empty(qkv.shape)
+
+
+# ---- autograd and vmap -------------------------------------------------------------------------------------
+
+
+def _setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+    ctx.settings = dict(keyword_only_inputs)
+
+
+def _attention_gradient(ctx, grad, _):
+    needed = ctx.saved_tensors[3] is not None and ctx.needs_input_grad[3]
+    *grads, grad_mask = torch.ops.meditok.attention_backward(
+        grad, *ctx.saved_tensors, mask_needed=needed, **ctx.settings
+    )
+    return *grads, grad_mask if needed else None
+
+
+def _attention_qkv_gradient(ctx, grad, _):
+    return torch.ops.meditok.attention_qkv_backward(grad, *ctx.saved_tensors, **ctx.settings)
+
+
+torch.library.register_autograd("meditok::attention", _attention_gradient, setup_context=_setup, lib=library)
+torch.library.register_autograd("meditok::attention_qkv", _attention_qkv_gradient, setup_context=_setup, lib=library)
+refuse_second_derivative("attention_backward")
+refuse_second_derivative("attention_qkv_backward")
+
+
+for _name in KERNELS:
+    torch.library.register_vmap(f"meditok::{_name}", one_by_one(getattr(torch.ops.meditok, _name)), lib=library)
 
 # ---- public ------------------------------------------------------------------------------------------------
 
@@ -70,27 +279,32 @@ def attention(
     """Scaled dot-product attention: q (B, H, N, D), k and v (B, H, M, D) -> (B, H, N, D), strided as (B, N,
     H, D).
 
-    attn_mask broadcasts to (B, H, N, M): bool with True = attend, or floats added to the scores. A row
-    without any key gives 0 with zero gradient. Causal masks align at the top left. Raises ShapeError,
-    DtypeError, TypeError.
+    attn_mask broadcasts to (B, H, N, M): bool with True = attend, or floats added to the scores, -inf = do not. A row
+    without any key gives 0 with zero gradient; a key that is not attended has no part, even if it holds NaN. Causal
+    masks align at the top left; scale is D ** -0.5 unless given. Sums in float32. On CPU the same bits whatever the
+    batch and the thread count. Raises ShapeError, DtypeError, TypeError.
     """
     kind = kind_of(q, k, v, attn_mask)
     _check_attention(q, k, v, attn_mask, is_causal)
+    settings = dict(is_causal=is_causal, scale=scale)
     if kind == "cupy":
-        return on_torch(torch.ops.meditok.attention, q, k, v, attn_mask, is_causal=is_causal, scale=scale)
+        out = on_torch(torch.ops.meditok.attention, q, k, v, attn_mask, **settings)
+        return out[0]
     if kind == "numpy":
-        mask = None if attn_mask is None else to_torch(attn_mask)
-        out = reference.attention(to_torch(q), to_torch(k), to_torch(v), mask, is_causal=is_causal, scale=scale)
-        return _arrays((out,))[0]
+        return _numpy_attention(q, k, v, attn_mask, **settings)
     check_same_device(q=q, k=k, v=v, attn_mask=attn_mask)
-    return torch.ops.meditok.attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
+    mask_needed = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    if _by_kernel(q, mask_needed):
+        return torch.ops.meditok.attention(q, k, v, attn_mask, **settings)[0]
+    return reference.attention(q, k, v, attn_mask, **settings)
 
 
 def attention_qkv(qkv: Any, *, is_causal: bool = False, scale: float | None = None, reduce: str | None = None) -> Any:
     """Self-attention of packed projections: qkv (B, N, 3, H, D) -> (B, N, H * D), or (B, N, D) with
     reduce="mean".
 
-    Raises ShapeError, DtypeError, and ValueError for another `reduce`.
+    As `attention`, reading qkv in place; its gradient is one packed array. Raises ShapeError, DtypeError, and
+    ValueError for another `reduce`.
     """
     kind = kind_of(qkv)
     check_rank("qkv", qkv, "(B, N, 3, H, D)")
@@ -99,9 +313,35 @@ def attention_qkv(qkv: Any, *, is_causal: bool = False, scale: float | None = No
         raise ShapeError(f"qkv has shape {tuple(qkv.shape)}; (B, N, 3, H, D) is needed")
     if reduce not in (None, "mean"):
         raise ValueError(f"reduce={reduce!r} is not one of None, 'mean'")
+    settings = dict(is_causal=is_causal, scale=scale, reduce=reduce)
     if kind == "cupy":
-        return on_torch(torch.ops.meditok.attention_qkv, qkv, is_causal=is_causal, scale=scale, reduce=reduce)
+        return on_torch(torch.ops.meditok.attention_qkv, qkv, **settings)[0]
     if kind == "numpy":
-        out = reference.attention_qkv(to_torch(qkv), is_causal=is_causal, scale=scale, reduce=reduce)
-        return _arrays((out,))[0]
-    return torch.ops.meditok.attention_qkv(qkv, is_causal=is_causal, scale=scale, reduce=reduce)
+        return _numpy_attention_qkv(qkv, **settings)
+    if _by_kernel(qkv):
+        return torch.ops.meditok.attention_qkv(qkv, **settings)[0]
+    return reference.attention_qkv(qkv, **settings)
+
+
+def _numpy_attention(q, k, v, mask, *, is_causal, scale):
+    if not _by_kernel(q):
+        mask = None if mask is None else to_torch(mask)
+        tensors = (to_torch(array) for array in (q, k, v))
+        return reference.attention(*tensors, mask, is_causal=is_causal, scale=scale).numpy()
+    q, k, v = plain(q), plain(k), plain(v)
+    mask = None if mask is None else _expanded(plain(mask), q, k)
+    batch, heads, queries, width = q.shape
+    out = np.empty((batch, queries, heads, width), q.dtype).swapaxes(1, 2)
+    _native.attention(q, k, v, mask, _settings(width, is_causal, scale), out, None)
+    return out
+
+
+def _numpy_attention_qkv(qkv, *, is_causal, scale, reduce):
+    if not _by_kernel(qkv):
+        return reference.attention_qkv(to_torch(qkv), is_causal=is_causal, scale=scale, reduce=reduce).numpy()
+    qkv = plain(qkv)
+    batch, tokens, _, heads, width = qkv.shape
+    settings = _settings(width, is_causal, scale, reduce)
+    out = np.empty((batch, tokens, *(() if settings["mean"] else (heads,)), width), qkv.dtype)
+    _native.attention(*_unpacked(qkv), None, settings, out if settings["mean"] else out.swapaxes(1, 2), None)
+    return out.reshape(batch, tokens, -1) if width else out.reshape(batch, tokens, 0)

@@ -245,7 +245,7 @@ torch.library.register_autograd("meditok::vq_quantize", _quantize_gradient, setu
 refuse_second_derivative("vq_quantize_backward")
 
 
-def _one_by_one(op):
+def one_by_one(op):
     """A vmap rule that runs a batch element by element: the loss and the counts belong to each element
     alone."""
 
@@ -257,6 +257,8 @@ def _one_by_one(op):
             op(*(pick(value, dim, index) for value, dim in zip(inputs, in_dims, strict=True)), **settings)
             for index in range(info.batch_size)
         ]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
         stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
         return stacked, (0,) * len(stacked)
 
@@ -264,7 +266,7 @@ def _one_by_one(op):
 
 
 for _name in ("vq_quantize", "vq_quantize_backward", "vq_stats"):
-    torch.library.register_vmap(f"meditok::{_name}", _one_by_one(getattr(torch.ops.meditok, _name)), lib=library)
+    torch.library.register_vmap(f"meditok::{_name}", one_by_one(getattr(torch.ops.meditok, _name)), lib=library)
 
 # ---- public ------------------------------------------------------------------------------------------------
 

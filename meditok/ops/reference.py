@@ -354,3 +354,52 @@ def attention_qkv(
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     out = attention(q, k, v, is_causal=is_causal, scale=scale).transpose(1, 2)  # (B, N, H, D)
     return out.mean(2) if reduce == "mean" else out.flatten(2)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    mask_needed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attention` to q, k, v and an additive mask (empty unless needed), written out."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows, keys, values, g = (x.to(wide) for x in (q, k, v, grad))
+    scores = rows @ keys.transpose(-1, -2) * scale  # (B, H, N, M)
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    if attn_mask is not None:
+        added = scores + attn_mask if attn_mask.is_floating_point() else scores
+        open_ = attn_mask > -torch.inf if attn_mask.is_floating_point() else attn_mask
+        scores = torch.where(open_, added, -torch.inf)
+    attended = (scores != -torch.inf).any(-1, keepdim=True)
+    p = torch.where(attended, scores.where(attended, 0).softmax(-1), 0)
+    dp = g @ values.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    grads = (ds @ keys * scale, ds.transpose(-1, -2) @ rows * scale, p.transpose(-1, -2) @ g)
+    grad_mask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if mask_needed else q.new_empty(0)
+    return *(x.to(q.dtype) for x in grads), grad_mask
+
+
+def attention_qkv_backward(
+    grad: Tensor, qkv: Tensor, *, is_causal: bool = False, scale: float | None = None, reduce: str | None = None
+) -> Tensor:
+    """Gradient of `attention_qkv` to qkv (B, N, 3, H, D)."""
+    heads = qkv.shape[3]
+    if reduce == "mean":
+        grad = (
+            (grad.to(torch.promote_types(grad.dtype, torch.float32)) / heads)
+            .unsqueeze(2)
+            .expand(*qkv.shape[:2], *qkv.shape[3:])
+        )
+    else:
+        grad = grad.unflatten(-1, (heads, -1))
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    *grads, _ = attention_backward(grad.transpose(1, 2), q, k, v, is_causal=is_causal, scale=scale)
+    return torch.stack([x.transpose(1, 2) for x in grads], 2)

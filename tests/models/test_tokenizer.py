@@ -270,6 +270,8 @@ def test_one_tokenize_runs_the_compiled_kernels(model):
     with native.count_calls() as calls:
         model.detokenize(model.tokenize(pictures(1)))
     assert calls["vq_assign"] == 1 and calls["vq_lookup"] == 1
+    attended = [len(part.blocks) for part in (model.encoder, model.decoder)]
+    assert calls["attention"] == sum(attended) + 2  # and the two bottlenecks
 
 
 def test_encode_decode_and_a_training_step_compile_without_a_graph_break():

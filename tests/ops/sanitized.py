@@ -14,6 +14,7 @@ from meditok import native, ops
 from meditok.ops import reference
 
 from .helpers import FLOATS, METRICS, adversarial_codebooks, assert_same_ids, levels_here, quantisation_edges, randn
+from .test_attention_kernels import MASKS, make_mask
 
 
 @pytest.fixture(params=levels_here())
@@ -69,3 +70,25 @@ def test_training_pass(level, metric):
         (z.square().sum() + loss).backward()
         assert int(counts.sum()) == int(mask.sum()) * groups and x.grad.isfinite().all()
         ops.vq_stats(x.detach(), ids, codes)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention(level, kind, dtype):
+    """Forward and backward around the tile and block edges, strides, masks, the mean of heads, a value that is NaN."""
+    for queries, keys, width in [(0, 3, 4), (3, 0, 4), (1, 1, 1), (13, 33, 17), (49, 257, 24), (7, 300, 130)]:
+        q, k, v = (
+            randn(2, n, 2, 2 * width, seed=i, dtype=dtype).transpose(1, 2)[..., i % 2 :: 2].requires_grad_()
+            for i, n in enumerate((queries, keys, keys))
+        )
+        mask, causal = make_mask(kind, (2, 1, queries, keys), dtype)
+        out = ops.attention(q, k, v, mask, is_causal=causal)
+        grads = torch.autograd.grad(out.sum(), (q, k, v), materialize_grads=True)
+        assert all(grad.isfinite().all() for grad in grads)
+        if kind in ("none", "causal") and queries:
+            qkv = randn(1, queries, 3, 3, width, dtype=dtype).requires_grad_()
+            ops.attention_qkv(qkv, is_causal=causal, reduce="mean").sum().backward()
+            assert qkv.grad.isfinite().all()
+    v = randn(1, 1, 9, 5)
+    v[0, 0, 4] = torch.nan
+    assert ops.attention(v, v, v, is_causal=True)[0, 0, :4].isfinite().all()

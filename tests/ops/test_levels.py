@@ -40,6 +40,11 @@ x, codebook = torch.randn(300, 2, 8, generator=generator), torch.randn(2, 1000, 
 for metric in ("cosine", "l2"):
     assert torch.equal(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook,
     metric=metric))
+qkv = torch.randn(2, 40, 3, 3, 24, generator=generator)
+for reduce in (None, "mean"):
+    found, right = (op(qkv, is_causal=True, reduce=reduce) for op in (ops.attention_qkv, reference.attention_qkv))
+    torch.testing.assert_close(found, right)
+assert native.core.call_counts()["attention"] == (0 if native.isa == "neon" else 2)
 print(native.backend, native.isa)
 """
 
