@@ -106,9 +106,13 @@ class _Quantizer(nn.Module):
         self._packed, self._window_steps = (None, None), None
 
     def packed(self) -> ops.PackedCodebook:
-        """The codebook packed for the kernels; packed again once the values, dtype or device have changed."""
+        """The codebook packed for the kernels; packed again once the values, dtype or device have changed.
+
+        A write through `codebook.data` in eval mode goes unseen: call train() or eval() after it.
+        """
         codebook = self.codebook
-        if codebook.is_inference():  # nothing tells whether its values changed
+        # Nothing tells whether the values changed: inference tensors count no writes, and fused optimisers hide theirs.
+        if codebook.is_inference() or (self.training and self.codebook_update == "gradient"):
             return ops.pack_codebook(codebook, metric=self.metric)
         key = codebook.data_ptr(), codebook._version, codebook.dtype
         if self._packed[0] != key:
@@ -120,6 +124,10 @@ class _Quantizer(nn.Module):
         super()._apply(*arguments, **settings)
         self._packed = None, None
         return self
+
+    def train(self, mode: bool = True):
+        self._packed = None, None
+        return super().train(mode)
 
     def _operand(self):
         return self.codebook if torch.compiler.is_compiling() else self.packed()

@@ -50,6 +50,21 @@ def _check_quantize(x: Any, codebook: Any, metric: str, mask: Any) -> None:
         )
 
 
+def _check_writable(**state: Any) -> None:
+    """State that an update may write: one element one place, no two arrays the same, no leaf that autograd watches."""
+    places = set()
+    for name, array in state.items():
+        strides = array.stride() if isinstance(array, Tensor) else array.strides
+        if any(size > 1 and stride == 0 for size, stride in zip(array.shape, strides, strict=True)):
+            raise ValueError(f"{name} is expanded: several of its elements lie in one place; pass {name}.clone()")
+        if isinstance(array, Tensor) and array.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient and cannot be updated in place; call under torch.no_grad()")
+        if isinstance(array, Tensor) and not torch.compiler.is_compiling() and array.numel() > 0:
+            if array.data_ptr() in places:
+                raise ValueError(f"{name} shares its memory with another array of the update; pass {name}.clone()")
+            places.add(array.data_ptr())
+
+
 # ---- schema and kernels ------------------------------------------------------------------------------------
 
 library.define(
@@ -349,8 +364,8 @@ def vq_update_(
     ema_counts (G, K).
 
     counts (G, K) and sums (G, K, C) are those of `vq_stats`. Laplace smoothing by `eps` for l2; for cosine a
-    row is the normalised sum. Counts that are all zero change nothing. Raises ShapeError, DtypeError, ValueError for
-    another metric, and TypeError for arrays of different kinds.
+    row is the normalised sum. Counts that are all zero change nothing. Raises ShapeError, DtypeError, TypeError for
+    arrays of different kinds, and ValueError for another metric or state that cannot be written in place.
     """
     kind = kind_of(codebook, ema_counts, ema_sums, counts, sums)
     check_metric(metric)
@@ -368,6 +383,7 @@ def vq_update_(
             )
     for name, array in (("codebook", codebook), ("ema_counts", ema_counts), ("ema_sums", ema_sums), ("sums", sums)):
         check_float(name, array)
+    _check_writable(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums)
     settings = dict(decay=float(decay), eps=float(eps), metric=metric)
     if kind == "torch":
         check_same_device(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums)

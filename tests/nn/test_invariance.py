@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch._dynamo.backends.debugging import aot_eager
 
 from meditok import ops
-from meditok.nn.quantizer import MultiCodebookQuantizer
+from meditok.nn.quantizer import MultiCodebookQuantizer, VectorQuantizer
 
 from ..ops.helpers import METRICS, randn
 from .helpers import KINDS, MODES, several, single, snapshot, train, unchanged
@@ -83,6 +83,24 @@ def test_the_codebook_is_packed_once_until_it_moves():
     assert quantizer.packed() is not packed
     quantizer.codebook.mul_(-1)
     assert torch.equal(quantizer.assign(x), ops.vq_assign(x.reshape(-1, 2, 3), quantizer.codebook).view(2, 9, 2).mT)
+
+
+@pytest.mark.parametrize("settings", [dict(fused=True), dict(foreach=True)])
+def test_no_optimiser_can_leave_an_old_packing(settings):
+    """Fused optimisers write without a trace: passes, assign and evaluation still see the codes as they are."""
+    quantizer, x = VectorQuantizer(16, 6, codebook_update="gradient"), randn(2, 90, 6)
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.5, **settings)
+
+    def same() -> bool:
+        expected = ops.vq_assign(x.view(-1, 1, 6), quantizer.codebook).view(2, 90)
+        return torch.equal(quantizer.assign(x), expected) and torch.equal(quantizer(x).ids, expected)
+
+    for _ in range(3):
+        assert quantizer.eval() is quantizer and same()
+        quantizer.train()
+        quantizer(x).loss.backward()
+        optimizer.step()
+        assert same()
 
 
 def test_casts_drop_the_packed_codebook():

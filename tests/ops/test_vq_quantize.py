@@ -167,6 +167,25 @@ def test_no_counts_change_nothing(metric):
             ops.vq_update_(*arrays, *kind, **DECAY)
 
 
+def test_state_that_cannot_be_written_in_place_is_refused():
+    """Expanded, shared, or watched by autograd: an error that names it, and nothing is written."""
+    codebook, counts, sums = randn(1, 5, 3), torch.ones(1, 5), randn(1, 5, 3, seed=1)
+    new = torch.ones(1, 5, dtype=torch.int64), randn(1, 5, 3, seed=2)
+    before = sums.clone()
+    for state, message in (
+        ((randn(1, 1, 3).expand(1, 5, 3), counts, sums), "codebook is expanded"),
+        ((codebook, torch.ones(1, 1).expand(1, 5), sums), "ema_counts is expanded"),
+        ((sums, counts, sums), "ema_sums shares its memory"),
+        ((codebook.clone().requires_grad_(), counts, sums), "codebook requires a gradient"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.vq_update_(*state, *new, **DECAY)
+    assert torch.equal(sums, before) and (counts == 1).all()
+    with torch.no_grad():
+        ops.vq_update_(codebook.requires_grad_(), counts, sums, *new, **DECAY)
+    assert not torch.equal(sums, before)
+
+
 def test_no_codes_give_no_statistics():
     """K = 0: every id is -1, the loss NaN, counts and sums are empty."""
     for width in (4, 40):  # both regimes
