@@ -1,6 +1,6 @@
 """Every vector-quantization op against the ways people do it today.
 
-    python bench/bench_vq.py [--only assign,worst,ops,training,large,growth] [--threads 1] [--rounds 9]
+    python bench/bench_vq.py [--only assign,worst,ops,training,entropy,large,growth] [--threads 1] [--rounds 9]
                              [--device cpu|cuda] [--json FILE] [--save]
 
 Prints p20/p50/p80, GFLOP/s (2 C for a row and a code), the share of the machine's measured peak, the memory a call
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from peers import assign_peers, training_peers, training_step
+from peers import assign_peers, eager_entropy, gradients, training_peers, training_step
 from timing import (
     append_rows,
     commit,
@@ -35,8 +35,8 @@ GROWTH = {  # one axis at a time, the others fixed
     "codes": [(4096, 1, k, 8) for k in (256, 1024, 4096, 16384, 65536)],
     "width": [(1024, 1, 1024, c) for c in (4, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536)],
 }
-CHECKED = 256  # rows compared with the float64 answer
-SECTIONS = ("assign", "worst", "ops", "training", "large", "growth")
+CHECKED = 256  # rows compared with the float64 answer, of the main shape all
+SECTIONS = ("assign", "worst", "ops", "training", "entropy", "large", "growth")
 
 
 class Bench:
@@ -101,7 +101,7 @@ class Bench:
             "meditok": lambda: ops.vq_assign(x, codebook, metric=metric),
         }
         runs |= assign_peers(x, codebook, metric, every=every)
-        exact = reference.vq_assign(x[:CHECKED], codebook, metric=metric)
+        exact = reference.vq_assign(x if every else x[:CHECKED], codebook, metric=metric)
         return self.compare("vq_assign", metric, shape, runs, exact=exact, note=note)
 
     def worst(self) -> None:
@@ -162,6 +162,16 @@ class Bench:
             },
         )  # fmt: skip
 
+    def entropy(self) -> None:
+        """The regulariser, forward and backward, against the published way, which holds every probability."""
+        shape = (512, *MAIN[1:])
+        x, codebook = self.inputs(shape)
+        runs = {
+            "meditok": gradients(lambda a, b: ops.vq_entropy(a, b), x, codebook),
+            "torch eager": gradients(eager_entropy, x, codebook),
+        }
+        self.compare("vq_entropy forward + backward", "cosine", shape, runs, factor=0)
+
     def training(self) -> None:
         """Quantise, loss, counts and both gradients, against assign alone and against autograd's way."""
         for metric, shape in (("cosine", MAIN), ("l2", (4096, 1, 512, 768))):
@@ -172,11 +182,16 @@ class Bench:
                 z, _, loss, _ = ops.vq_quantize(a, ops.PackedCodebook(b, metric, packed.packed), metric=metric)
                 return z, loss
 
+            def pack_too(a, b, metric=metric):
+                z, _, loss, _ = ops.vq_quantize(a, b, metric=metric)
+                return z, loss
+
             runs = {
                 "meditok assign alone": lambda x=x, packed=packed, metric=metric: ops.vq_assign(
                     x, packed, metric=metric
                 ),
                 "meditok": training_step(quantize, x, codebook),
+                "meditok, packing too": training_step(pack_too, x, codebook),
                 **training_peers(x, codebook, metric),
             }
             self.compare("vq_quantize forward + backward", metric, shape, runs)

@@ -35,6 +35,20 @@ def eager_training(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Te
     return hat + (code - hat).detach(), loss
 
 
+def eager_entropy(x: Tensor, codebook: Tensor) -> Tensor:
+    """The published entropy term at its temperature of 0.01 (cosine): every probability (N, G, K) at once."""
+    logits = 200 * torch.einsum("ngc,gkc->ngk", F.normalize(x, dim=-1), F.normalize(codebook, dim=-1))
+    p, log_p = logits.softmax(-1), logits.log_softmax(-1)
+    mean = p.mean(0)
+    return (mean * (mean + 1e-7).log()).sum(-1).mean() - (p * log_p).sum(-1).mean()
+
+
+def gradients(loss: Callable, x: Tensor, codebook: Tensor) -> Callable[[], None]:
+    """loss(x, codebook), then its gradients to both."""
+    x, codebook = x.detach().requires_grad_(), codebook.detach().requires_grad_()
+    return lambda: torch.autograd.grad(loss(x, codebook), (x, codebook))
+
+
 def training_step(forward: Callable, x: Tensor, codebook: Tensor) -> Callable[[], None]:
     """Forward, then backward to x and codebook from a fixed gradient of z and of the loss."""
     x, codebook = x.detach().requires_grad_(), codebook.detach().requires_grad_()

@@ -41,10 +41,21 @@ FilterKernel choose_filter() {
 constexpr int64_t kLaneWords = 10240;  // scratch for chunk maxima: 40 KiB
 constexpr int64_t kXFloats = 4096;     // scratch for the rows of a block: 16 KiB
 
+struct Chunks {
+    int64_t tiles, count;
+};
+
+Chunks int16_chunks(int64_t tiles) {
+    int64_t chunk = (tiles + kInt16Chunks - 1) / kInt16Chunks;
+    chunk = chunk < kInt16ChunkTiles ? kInt16ChunkTiles : chunk;
+    return {chunk, (tiles + chunk - 1) / chunk};
+}
+
 struct Plan {
     FilterKernel kernel;
     PackedLayout layout;
-    int64_t chunk_tiles, chunks, block_rows, blocks;
+    int64_t chunk_tiles, chunks, float_rows;  // of the float32 filter, which takes so many rows at once
+    int64_t block_rows, blocks;
     bool int16;  // whether codebooks of this width have an int16 part and the kernel reads it
     // A participant's scratch: one row in float64, the largest radius of each chunk, rows, rows in 16 bits, maxima.
     size_t reach_at, x_at, x16_at, lanes_at, scratch_bytes;
@@ -59,11 +70,15 @@ Plan make_plan(const AssignParams& params) {
     const int64_t tiles = plan.layout.tiles > 0 ? plan.layout.tiles : 1;
     plan.chunk_tiles = (tiles + kMaxChunks - 1) / kMaxChunks;
     plan.chunks = (tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
-    int64_t rows = kLaneWords / (plan.chunks * plan.kernel.width);
-    if (rows * width > kXFloats) rows = kXFloats / width;
-    if (rows > kMaxBlockRows) rows = kMaxBlockRows;
-    rows = rows / plan.kernel.row_tile * plan.kernel.row_tile;
-    plan.block_rows = rows < plan.kernel.row_tile ? plan.kernel.row_tile : rows;
+    const auto rows_of = [&](int64_t chunks) {
+        int64_t rows = kLaneWords / (chunks * plan.kernel.width);
+        if (rows * width > kXFloats) rows = kXFloats / width;
+        if (rows > kMaxBlockRows) rows = kMaxBlockRows;
+        rows = rows / plan.kernel.row_tile * plan.kernel.row_tile;
+        return rows < plan.kernel.row_tile ? plan.kernel.row_tile : rows;
+    };
+    plan.float_rows = rows_of(plan.chunks);
+    plan.block_rows = plan.int16 ? rows_of(int16_chunks(tiles).count) : plan.float_rows;
     plan.blocks = (params.rows + plan.block_rows - 1) / plan.block_rows;
     const auto bytes = [](int64_t count, size_t size) { return align_up(static_cast<size_t>(count) * size); };
     const int64_t pairs = plan.int16 ? int16_pairs(width, params.metric) : 0;
@@ -71,8 +86,8 @@ Plan make_plan(const AssignParams& params) {
     plan.x_at = plan.reach_at + bytes(kMaxChunks, sizeof(float));
     plan.x16_at = plan.x_at + bytes(plan.block_rows * width, sizeof(float));
     plan.lanes_at = plan.x16_at + bytes(plan.block_rows * pairs * 2, sizeof(int16_t));
-    plan.scratch_bytes =
-        plan.lanes_at + bytes(plan.block_rows * plan.chunks * plan.kernel.width, sizeof(float));
+    plan.scratch_bytes = plan.lanes_at + align_up(kLaneWords * sizeof(float)) +
+                         bytes(plan.kernel.row_tile * plan.chunks * plan.kernel.width, sizeof(float));
     return plan;
 }
 
@@ -115,15 +130,21 @@ class BlockSearch {
     // Reads a row as float64 into wide_ and returns the sum of its squares.
     template <class T>
     double widen(int64_t row) {
+        constexpr int64_t kAhead = 8;
         const T* x =
             static_cast<const T*>(params_.x) + row * params_.row_stride + group_ * params_.group_stride;
-        double square = 0.0;
-        for (int64_t i = 0; i < params_.codebook.width; ++i) {
-            wide_[i] = to_double(x[i * params_.column_stride]);
-            square += wide_[i] * wide_[i];
+        if (row + kAhead < params_.rows) __builtin_prefetch(x + kAhead * params_.row_stride);
+        double even = 0.0, odd = 0.0;
+        const int64_t width = params_.codebook.width;
+        for (int64_t i = 0; i < width; ++i) wide_[i] = to_double(x[i * params_.column_stride]);
+        int64_t i = 0;
+        for (; i + 2 <= width; i += 2) {
+            even += wide_[i] * wide_[i];
+            odd += wide_[i + 1] * wide_[i + 1];
         }
+        if (i < width) even += wide_[i] * wide_[i];
         wide_row_ = row;
-        return square;
+        return even + odd;
     }
 
     void widen_again(int64_t row) {
@@ -200,10 +221,10 @@ class BlockSearch {
 
     void run_int16() {
         const int64_t codes = view_.group->int16_codes, tiles = (codes + kTileCodes - 1) / kTileCodes;
-        const int64_t chunk_tiles = (tiles + kMaxChunks - 1) / kMaxChunks;
+        const Chunks chunks = int16_chunks(tiles);
         const int64_t columns = params_.codebook.width + (params_.metric == Metric::kL2 ? 1 : 0);
         plan_.kernel.run_int16({x16_, int16_count_, pairs_, view_.int16, view_.slot, codes, tiles,
-                                chunk_tiles, (tiles + chunk_tiles - 1) / chunk_tiles, int16_band(columns),
+                                chunks.tiles, chunks.count, int16_band(columns),
                                 reinterpret_cast<int32_t*>(lanes_), found_int16, this});
     }
 
@@ -224,9 +245,14 @@ class BlockSearch {
     }
 
     void run_float() {
-        plan_.kernel.run({x_, x_norm_, count_, params_.codebook.width, view_, plan_.layout.tiles,
-                          plan_.chunk_tiles, plan_.chunks, make_bound(params_.codebook.width), params_.metric,
-                          reinterpret_cast<float*>(lanes_), reach_, candidate, this});
+        const int64_t width = params_.codebook.width;
+        for (float_begin_ = 0; float_begin_ < count_; float_begin_ += plan_.float_rows) {
+            const int64_t left = count_ - float_begin_;
+            plan_.kernel.run({x_ + float_begin_ * width, x_norm_ + float_begin_,
+                              left < plan_.float_rows ? left : plan_.float_rows, width, view_,
+                              plan_.layout.tiles, plan_.chunk_tiles, plan_.chunks, make_bound(width),
+                              params_.metric, reinterpret_cast<float*>(lanes_), reach_, candidate, this});
+        }
         for (int64_t slot = 0; slot < count_; ++slot) id(rows_[slot].row) = rows_[slot].best.code;
     }
 
@@ -239,7 +265,7 @@ class BlockSearch {
 
     static void candidate(void* context, int64_t slot, int64_t code) {
         BlockSearch& self = *static_cast<BlockSearch*>(context);
-        Row& entry = self.rows_[slot];
+        Row& entry = self.rows_[self.float_begin_ + slot];
         if (++entry.candidates == 1) {
             entry.best.code = code;
             return;
@@ -261,6 +287,7 @@ class BlockSearch {
     const int64_t pairs_;
     int64_t wide_row_ = -1;
     int64_t int16_count_ = 0, count_ = 0;  // rows in either filter
+    int64_t float_begin_ = 0;              // the first of those that are in the float32 filter now
     int64_t int16_rows_[kMaxBlockRows];
     float x_norm_[kMaxBlockRows];
     Row rows_[kMaxBlockRows];

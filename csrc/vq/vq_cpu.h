@@ -34,6 +34,9 @@ void assign_blocks(const AssignParams& params, const AssignHook& hook, int threa
 // ---- vq_avx2.cpp, vq_avx512.cpp, vq_avx512vnni.cpp, vq_neon.cpp -------------------------------------------
 
 constexpr int64_t kMaxChunks = 32;  // per codebook: a chunk's rescan costs about 1/32 of the row
+constexpr int64_t kInt16Chunks =
+    16;  // the same for the int16 filter, whose rescan is cheap beside all the maxima
+constexpr int64_t kInt16ChunkTiles = 4;  // at least, lest loading the rows cost more than the products
 
 // A block of rows of one group, ready for the filter.
 struct FilterBlock {

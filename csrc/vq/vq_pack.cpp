@@ -39,12 +39,18 @@ class Seen {
     std::vector<int32_t> slots_;
 };
 
-uint64_t mix(uint64_t hash, double value) {
-    const double plain = value == 0.0 ? 0.0 : value;
-    uint64_t bits;
-    std::memcpy(&bits, &plain, sizeof bits);
-    hash = (hash ^ bits) * 0x9e3779b97f4a7c15ull;
-    return hash ^ (hash >> 29);
+// Sum of the bits of the elements times odd numbers, mixed; -0 counts as 0.
+uint64_t hash_of(const double* row, int64_t width) {
+    constexpr uint64_t kOdd = 0x9e3779b97f4a7c15ull;
+    uint64_t hash = 0;
+    for (int64_t i = 0; i < width; ++i) {
+        const double plain = row[i] + 0.0;
+        uint64_t bits;
+        std::memcpy(&bits, &plain, sizeof bits);
+        hash += (bits ^ bits >> 32) * (kOdd + 2 * static_cast<uint64_t>(i));
+    }
+    hash = (hash ^ hash >> 32) * kOdd;
+    return hash ^ hash >> 29;
 }
 
 template <class T>
@@ -64,6 +70,7 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
     PackedGroup& info = *const_cast<PackedGroup*>(view.group);
     info = PackedGroup{0, -1, 0};
     Seen seen(codebook.codes);
+    std::vector<double> row(static_cast<size_t>(width));
 
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
         for (int64_t lane = 0; lane < kTileCodes; ++lane) {
@@ -74,22 +81,18 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
             code_bias = -std::numeric_limits<float>::infinity();
             if (code >= codebook.codes) continue;
 
-            const double norm =
-                canonical_norm(codes + code * codebook.code_stride, codebook.column_stride, width);
+            for (int64_t i = 0; i < width; ++i) row[i] = value(code, i);
+            const double norm = canonical_norm(row.data(), 1, width);
             norms[code] = norm;
             if (norm != norm) continue;
             ++info.choosable;
             if (info.first_choosable < 0) info.first_choosable = code;
 
-            uint64_t hash = 0;
             double largest = 0.0;
-            for (int64_t i = 0; i < width; ++i) {
-                hash = mix(hash, value(code, i));
-                largest = std::max(largest, std::fabs(value(code, i)));
-            }
-            const bool copy = seen.insert(hash, code, [&](int64_t other) {
+            for (int64_t i = 0; i < width; ++i) largest = std::max(largest, std::fabs(row[i]));
+            const bool copy = seen.insert(hash_of(row.data(), width), code, [&](int64_t other) {
                 for (int64_t i = 0; i < width; ++i) {
-                    if (value(code, i) != value(other, i)) return false;
+                    if (row[i] != value(other, i)) return false;
                 }
                 return true;
             });
@@ -102,7 +105,7 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
                     continue;
                 }
                 for (int64_t i = 0; i < width; ++i)
-                    column[i * kTileCodes] = static_cast<float>(value(code, i) / norm);
+                    column[i * kTileCodes] = static_cast<float>(row[i] / norm);
                 code_bias = 0.0f;
                 code_radius = 1.0f;
             } else {
@@ -112,8 +115,8 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
                 }
                 double square = 0.0;  // norm has a floor, the length has none
                 for (int64_t i = 0; i < width; ++i) {
-                    square += value(code, i) * value(code, i);
-                    column[i * kTileCodes] = static_cast<float>(value(code, i));
+                    square += row[i] * row[i];
+                    column[i * kTileCodes] = static_cast<float>(row[i]);
                 }
                 code_bias = static_cast<float>(-0.5 * square);
                 code_radius = static_cast<float>(norm) * kRoundUp;

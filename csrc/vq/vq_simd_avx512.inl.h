@@ -59,9 +59,8 @@ MEDITOK_INLINE uint32_t above(IVec a, IVec b) {
     return _mm512_cmpgt_epi32_mask(a, b);
 }
 MEDITOK_INLINE int32_t largest_int(IVec a) {
-    int32_t lanes[16];
-    _mm512_storeu_si512(lanes, a);
-    int32_t best = lanes[0];
-    for (int i = 1; i < 16; ++i) best = lanes[i] > best ? lanes[i] : best;
-    return best;
+    const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }

@@ -99,67 +99,79 @@ void int16_chunk(const Int16Block& block, int64_t chunk, int64_t first, int64_t 
     }
 }
 
-// Appends the codes of a chunk with F > limit to `found`; stops soon after kInt16Candidates of them.
+// Bit i: code i of a tile has F > limit.
+template <int P>
+MEDITOK_INLINE uint32_t int16_tile_hits(const Int16Block& block, const int16_t* x, int64_t tile, IVec limit) {
+    const int64_t pairs = P > 0 ? P : block.pairs;
+    const int16_t* code = int16_tile(block, tile);
+    uint32_t mask = 0;
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kTileCodes; part += kWidth) {
+        IVec sum = dot_pairs(fill_pair(x), load_int(code + part * 2));
+#pragma GCC unroll 9
+        for (int64_t p = 1; p < pairs; ++p) {
+            sum = add_dot_pairs(sum, fill_pair(x + p * 2), load_int(code + (p * kTileCodes + part) * 2));
+        }
+        mask |= above(sum, limit) << part;
+    }
+    const int64_t left = block.codes - tile * kTileCodes;
+    if (left < kTileCodes) mask &= (uint32_t{1} << left) - 1;  // what fills the last tile up
+    return mask;
+}
+
+// Appends the codes of a chunk with F > limit to `found`; stops soon after kInt16Candidates of them. Which tile of
+// eight has some is asked once for all of them: there is mostly one, and no telling which.
 template <int P>
 MEDITOK_INLINE int64_t int16_rescan(const Int16Block& block, int64_t row, int64_t first, int64_t last,
                                     IVec limit, int32_t* found, int64_t count) {
-    const int64_t pairs = P > 0 ? P : block.pairs;
-    const int16_t* x = block.x + row * pairs * 2;
-    for (int64_t tile = first; tile < last; ++tile) {
-        const int16_t* code = int16_tile(block, tile);
-        uint32_t mask = 0;
-#pragma GCC unroll 4
-        for (int64_t part = 0; part < kTileCodes; part += kWidth) {
-            IVec sum = dot_pairs(fill_pair(x), load_int(code + part * 2));
-#pragma GCC unroll 9
-            for (int64_t p = 1; p < pairs; ++p) {
-                sum = add_dot_pairs(sum, fill_pair(x + p * 2), load_int(code + (p * kTileCodes + part) * 2));
-            }
-            mask |= above(sum, limit) << part;
+    constexpr int64_t kTogether = 8;
+    const int16_t* x = block.x + row * (P > 0 ? P : block.pairs) * 2;
+    for (int64_t start = first; start < last; start += kTogether) {
+        uint32_t hits[kTogether], tiles = 0;
+        const int64_t number = last - start < kTogether ? last - start : kTogether;
+        for (int64_t i = 0; i < number; ++i) {
+            hits[i] = int16_tile_hits<P>(block, x, start + i, limit);
+            tiles |= static_cast<uint32_t>(hits[i] != 0) << i;
         }
-        const int64_t left = block.codes - tile * kTileCodes;
-        if (left < kTileCodes) mask &= (uint32_t{1} << left) - 1;  // what fills the last tile up
-        for (; mask != 0 && count <= kInt16Candidates; mask &= mask - 1) {
-            found[count++] = block.slot[tile * kTileCodes + __builtin_ctz(mask)];
+        for (; tiles != 0; tiles &= tiles - 1) {
+            const int64_t tile = __builtin_ctz(tiles);
+            for (uint32_t mask = hits[tile]; mask != 0 && count <= kInt16Candidates; mask &= mask - 1) {
+                found[count++] = block.slot[(start + tile) * kTileCodes + __builtin_ctz(mask)];
+            }
         }
         if (count > kInt16Candidates) break;
     }
     return count;
 }
 
-template <int P>
-void int16_candidates(const Int16Block& block, int64_t row) {
-    constexpr int64_t kTogether = 8;  // chunks ruled out by one comparison
-    IVec best[kMaxChunks / kTogether];
-    IVec largest = fill_int(INT32_MIN);
+// One less than the F that a code needs for its row to be in the band.
+MEDITOK_INLINE int32_t int16_limit(const Int16Block& block, int64_t row) {
     const int32_t* lanes = int16_lanes(block, row, 0);
-    for (int64_t i = 0; i * kTogether < block.chunks; ++i) {
-        const int64_t left = block.chunks - i * kTogether;
-        IVec even = fill_int(INT32_MIN), odd = even;
-        if (left >= kTogether) {
-#pragma GCC unroll 8
-            for (int64_t j = 0; j < kTogether; j += 2, lanes += 2 * kWidth) {
-                even = max_int(even, load_int(lanes));
-                odd = max_int(odd, load_int(lanes + kWidth));
-            }
-        } else {
-            for (int64_t j = 0; j < left; ++j, lanes += kWidth) even = max_int(even, load_int(lanes));
-        }
-        best[i] = max_int(even, odd);
-        largest = max_int(largest, best[i]);
+    IVec even = fill_int(INT32_MIN), odd = even;
+    int64_t chunk = 0;
+    for (; chunk + 2 <= block.chunks; chunk += 2, lanes += 2 * kWidth) {
+        even = max_int(even, load_int(lanes));
+        odd = max_int(odd, load_int(lanes + kWidth));
     }
-    const IVec limit = fill_int(largest_int(largest) - block.band - 1);
+    if (chunk < block.chunks) even = max_int(even, load_int(lanes));
+    return largest_int(max_int(even, odd)) - block.band - 1;
+}
+
+template <int P>
+void int16_candidates(const Int16Block& block, int64_t row, int32_t threshold) {
+    const IVec limit = fill_int(threshold);
+    const int32_t* lanes = int16_lanes(block, row, 0);
+    uint32_t chunks = 0;  // that have a code in the band
+    for (int64_t chunk = 0; chunk < block.chunks; ++chunk) {
+        chunks |= static_cast<uint32_t>(above(load_int(lanes + chunk * kWidth), limit) != 0) << chunk;
+    }
     int32_t found[kInt16Candidates + 1];
     int64_t count = 0;
-    for (int64_t i = 0; i * kTogether < block.chunks; ++i) {
-        if (!above(best[i], limit)) continue;
-        for (int64_t chunk = i * kTogether; chunk < block.chunks && chunk < (i + 1) * kTogether; ++chunk) {
-            if (!above(load_int(int16_lanes(block, row, chunk)), limit)) continue;
-            const int64_t first = chunk * block.chunk_tiles;
-            const int64_t last = first + block.chunk_tiles;
-            count = int16_rescan<P>(block, row, first, last < block.tile_count ? last : block.tile_count,
-                                    limit, found, count);
-        }
+    for (; chunks != 0; chunks &= chunks - 1) {
+        const int64_t first = __builtin_ctz(chunks) * block.chunk_tiles;
+        const int64_t last = first + block.chunk_tiles;
+        count = int16_rescan<P>(block, row, first, last < block.tile_count ? last : block.tile_count, limit,
+                                found, count);
     }
     block.found(block.context, row, found, count);
 }
@@ -171,7 +183,9 @@ void int16_rows(const Int16Block& block) {
         const int64_t last = first + block.chunk_tiles;
         int16_chunk<P>(block, chunk, first, last < block.tile_count ? last : block.tile_count);
     }
-    for (int64_t row = 0; row < block.rows; ++row) int16_candidates<P>(block, row);
+    int32_t limits[kMaxBlockRows];
+    for (int64_t row = 0; row < block.rows; ++row) limits[row] = int16_limit(block, row);
+    for (int64_t row = 0; row < block.rows; ++row) int16_candidates<P>(block, row, limits[row]);
 }
 
 void run_int16(const Int16Block& block) {

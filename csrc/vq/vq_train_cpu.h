@@ -79,7 +79,7 @@ constexpr int64_t kCodesAtOnce = 64;  // codes to an item of work
 
 inline int64_t rows_at_once(int64_t width) {
     const int64_t rows = kScratchElements / (width > 0 ? width : 1);
-    return rows < 1 ? 1 : rows > 64 ? 64 : rows;
+    return rows < 1 ? 1 : rows > kRowsAtOnce ? kRowsAtOnce : rows;
 }
 
 // Work too small to be worth waking threads for: under about 50 microseconds.

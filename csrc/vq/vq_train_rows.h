@@ -9,6 +9,8 @@
 
 namespace meditok {
 
+constexpr int64_t kRowsAtOnce = 64;  // the most rows a loop is given
+
 template <class F>
 struct BackwardRows {
     int64_t rows, width;
@@ -23,6 +25,8 @@ struct BackwardRows {
     int64_t out_stride;
     double* inverse;  // (rows) 1 / max(|x|, 1e-12) is written here; null: not wanted
     int64_t inverse_stride;
+    F* const*
+        sums;  // (rows) where code - x_hat is added as `add` does; null: nowhere, for all rows or for one
 };
 
 template <class F>
@@ -38,11 +42,11 @@ struct RowKernels {
     void (*backward)(const BackwardRows<F>& block);
     // to[r] = F(from[r] / norms[r]), norms[r] = max(|from[r]|, 1e-12); to[r] may be from[r].
     void (*normalise)(const F* const* from, int64_t rows, int64_t width, F* const* to, double* norms);
-    // sum += code - x[r] scale[r], the difference and the sum rounded to F, row after row; from 0 if it begins.
-    void (*add)(const F* const* x, const double* scale, int64_t rows, int64_t width, const F* code,
-                bool begins, F* sum);
-    // out = factor * sum taken through the normalisation of a code of this norm; sum may be out.
-    void (*through_norm)(const F* sum, double factor, const F* unit, double norm, int64_t width, F* out);
+    // sum += code - x[r] scale[r], the difference and the sum rounded to F, row after row.
+    void (*add)(const F* const* x, const double* scale, int64_t rows, int64_t width, const F* code, F* sum);
+    // sum[r] = factor * sum[r], for cosine (unit not null) taken through the normalisation of a code of norm[r].
+    void (*scale)(F* const* sum, double factor, const F* const* unit, const double* norm, int64_t rows,
+                  int64_t width);
 };
 
 struct TrainKernels {

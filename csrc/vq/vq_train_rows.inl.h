@@ -5,6 +5,7 @@ constexpr double kNormFloor = 1e-12;
 
 typedef double Four __attribute__((vector_size(32)));
 typedef float FourFloats __attribute__((vector_size(16)));
+typedef int64_t Lanes __attribute__((vector_size(32)));
 
 MEDITOK_INLINE Four load(const double* p) {
     Four v;
@@ -59,7 +60,8 @@ struct Sum {
     }
     MEDITOK_INLINE double total() const {
         const Four v = low + high;
-        return (v[0] + v[2]) + (v[1] + v[3]);
+        const Four pairs = v + __builtin_shuffle(v, Lanes{2, 3, 0, 1});
+        return pairs[0] + pairs[1];
     }
 };
 
@@ -127,10 +129,15 @@ template <class F, int W>
 void error(const F* x, int64_t x_stride, const F* z, int64_t z_stride, int64_t rows, int64_t given,
            bool cosine, double* errors, int64_t errors_stride) {
     const int64_t width = W > 0 ? W : given;
+    double scales[kRowsAtOnce];  // of all rows first, as in `backward`
+    for (int64_t row = 0; row < rows; ++row) {
+        scales[row] = cosine ? square_sum<F>(x + row * x_stride, width) : 1.0;
+    }
+    for (int64_t row = 0; row < rows; ++row) scales[row] = 1.0 / floored(__builtin_sqrt(scales[row]));
     for (int64_t row = 0; row < rows; ++row) {
         const F* from = x + row * x_stride;
         const F* code = z + row * z_stride;
-        const Four scale = fill(cosine ? 1.0 / floored(__builtin_sqrt(square_sum<F>(from, width))) : 1.0);
+        const Four scale = fill(scales[row]);
         Sum sum;
         columns<F>(width, [&](int64_t i, auto at) __attribute__((always_inline)) {
             const Four difference = at(from) * scale - at(code);
@@ -171,9 +178,26 @@ MEDITOK_INLINE Turn turn_of(const F* x, Four scale, const F* code, const F* grad
     return Turn{stretch, stretch * (2.0 * q_g - mirror) / hat_norm, -stretch * mirror / code_norm};
 }
 
+// sum += code - x scale, the difference and the sum rounded to F.
+template <class F>
+MEDITOK_INLINE void add_difference(F* sum, const F* x, Four scale, const F* code, int64_t width) {
+    columns<F>(width, [&](int64_t, auto at) __attribute__((always_inline)) {
+        at.put(sum, at(sum) + rounded<F>(at(code) - at(x) * scale));
+    });
+}
+
 template <class F, int W>
 void backward(const BackwardRows<F>& block) {
     const int64_t width = W > 0 ? W : block.width;
+    // Norms first: so the square root and the division of one row need not wait for those of the row before.
+    double norms[kRowsAtOnce], inverses[kRowsAtOnce];
+    for (int64_t row = 0; row < block.rows; ++row) {
+        norms[row] = block.cosine ? square_sum<F>(block.x + row * block.x_stride, width) : 1.0;
+    }
+    for (int64_t row = 0; row < block.rows; ++row) {
+        norms[row] = __builtin_sqrt(norms[row]);
+        inverses[row] = 1.0 / floored(norms[row]);
+    }
     for (int64_t row = 0; row < block.rows; ++row) {
         const F* x = block.x + row * block.x_stride;
         const F* code = block.code[row];
@@ -183,10 +207,11 @@ void backward(const BackwardRows<F>& block) {
             for (int64_t i = 0; i < width; ++i) out[i] = F(0);
             continue;
         }
-        const double norm = block.cosine ? __builtin_sqrt(square_sum<F>(x, width)) : 1.0;
-        const double inverse = 1.0 / floored(norm);
-        if (block.inverse != nullptr) block.inverse[row * block.inverse_stride] = inverse;
-        const Four scale = fill(inverse);
+        if (block.inverse != nullptr) block.inverse[row * block.inverse_stride] = inverses[row];
+        const Four scale = fill(inverses[row]);
+        if (block.sums != nullptr && block.sums[row] != nullptr) {
+            add_difference<F>(block.sums[row], x, scale, code, width);
+        }
         Turn turn{1.0, 0.0, 0.0};
         if (block.rotation) turn = turn_of<F>(x, scale, code, grad, width);
         const Four of_grad = fill(turn.grad), of_hat = fill(turn.hat + block.step),
@@ -202,7 +227,7 @@ void backward(const BackwardRows<F>& block) {
             const Four hat = at(x) * scale;
             along.add(i, hat * (of_grad * at(grad) + (of_hat * hat + of_code * at(code))));
         });
-        const Four shift = fill(norm < kNormFloor ? 0.0 : along.total());
+        const Four shift = fill(norms[row] < kNormFloor ? 0.0 : along.total());
         columns<F>(width, [&](int64_t, auto at) __attribute__((always_inline)) {
             const Four hat = at(x) * scale;
             const Four g = of_grad * at(grad) + (of_hat * hat + of_code * at(code));
@@ -223,41 +248,34 @@ void normalise(const F* const* from, int64_t rows, int64_t given, F* const* to, 
 }
 
 template <class F, int W>
-void add(const F* const* x, const double* scale, int64_t rows, int64_t given, const F* code, bool begins,
-         F* sum) {
-    if (W > 0) {  // columns in registers, the same additions
-        columns<F>(W, [&](int64_t, auto at) __attribute__((always_inline)) {
-            const Four unit = at(code);
-            Four total = begins ? fill(0.0) : at(sum);
-            for (int64_t row = 0; row < rows; ++row) {
-                total = rounded<F>(total + rounded<F>(unit - at(x[row]) * fill(scale[row])));
-            }
-            at.put(sum, total);
-        });
-        return;
-    }
+void add(const F* const* x, const double* scale, int64_t rows, int64_t given, const F* code, F* sum) {
+    const int64_t width = W > 0 ? W : given;
     for (int64_t row = 0; row < rows; ++row) {
-        const F* from = x[row];
-        const Four factor = fill(scale[row]);
-        const bool empty = begins && row == 0;
-        columns<F>(given, [&](int64_t, auto at) __attribute__((always_inline)) {
-            const Four before = empty ? fill(0.0) : at(sum);
-            at.put(sum, before + rounded<F>(at(code) - at(from) * factor));
-        });
+        add_difference<F>(sum, x[row], fill(scale[row]), code, width);
     }
 }
 
 template <class F, int W>
-void through_norm(const F* sum, double factor, const F* unit, double norm, int64_t given, F* out) {
+void scale(F* const* sums, double factor, const F* const* units, const double* norms, int64_t rows,
+           int64_t given) {
     const int64_t width = W > 0 ? W : given;
-    const Four scale = fill(factor / norm);
-    Sum along;
-    columns<F>(width,
-               [&](int64_t i, auto at) __attribute__((always_inline)) { along.add(i, at(sum) * at(unit)); });
-    const Four shift = fill(norm > kNormFloor ? along.total() : 0.0);
-    columns<F>(width, [&](int64_t, auto at) __attribute__((always_inline)) {
-        at.put(out, (at(sum) - at(unit) * shift) * scale);
-    });
+    for (int64_t row = 0; row < rows; ++row) {
+        F* sum = sums[row];
+        if (units == nullptr) {
+            columns<F>(width, [&](int64_t, auto at)
+                                  __attribute__((always_inline)) { at.put(sum, at(sum) * fill(factor)); });
+            continue;
+        }
+        const F* unit = units[row];
+        const Four length = fill(factor / norms[row]);
+        Sum along;
+        columns<F>(width, [&](int64_t i, auto at)
+                              __attribute__((always_inline)) { along.add(i, at(sum) * at(unit)); });
+        const Four shift = fill(norms[row] > kNormFloor ? along.total() : 0.0);
+        columns<F>(width, [&](int64_t, auto at) __attribute__((always_inline)) {
+            at.put(sum, (at(sum) - at(unit) * shift) * length);
+        });
+    }
 }
 
 // A width of 8 is worth a loop without counters.
@@ -282,13 +300,13 @@ RowKernels<F> row_kernels() {
             width == 8 ? normalise<F, 8>(from, rows, width, to, norms)
                        : normalise<F, 0>(from, rows, width, to, norms);
         },
-        [](const F* const* x, const double* scale, int64_t rows, int64_t width, const F* code, bool begins,
-           F* sum) {
-            width == 8 ? add<F, 8>(x, scale, rows, width, code, begins, sum)
-                       : add<F, 0>(x, scale, rows, width, code, begins, sum);
+        [](const F* const* x, const double* scale, int64_t rows, int64_t width, const F* code, F* sum) {
+            width == 8 ? add<F, 8>(x, scale, rows, width, code, sum)
+                       : add<F, 0>(x, scale, rows, width, code, sum);
         },
-        [](const F* sum, double factor, const F* unit, double norm, int64_t width, F* out) {
-            width == 8 ? through_norm<F, 8>(sum, factor, unit, norm, width, out)
-                       : through_norm<F, 0>(sum, factor, unit, norm, width, out);
+        [](F* const* sum, double factor, const F* const* unit, const double* norm, int64_t rows,
+           int64_t width) {
+            width == 8 ? scale<F, 8>(sum, factor, unit, norm, rows, width)
+                       : scale<F, 0>(sum, factor, unit, norm, rows, width);
         }};
 }

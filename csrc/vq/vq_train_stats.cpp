@@ -1,5 +1,6 @@
-// vq_stats and vq_update on CPU. The rows are sorted by their codes, which keeps their order, and each code sums its own
-// as vq_train.h states: whoever does it and however many, the bits are the same, and every row is read once.
+// vq_stats and vq_update on CPU. Each code sums its rows as vq_train.h states: whoever does it and however many, the bits
+// are the same, and every row is read once. Narrow rows go to their code's sum as they come, each worker having groups of
+// its own; wide ones, and those of fewer groups than workers, are sorted by their codes first, which keeps their order.
 
 #include <cmath>
 #include <cstring>
@@ -7,6 +8,7 @@
 
 #include "common/check.h"
 #include "common/threads.h"
+#include "vq/vq_large_dim.h"
 #include "vq/vq_train_cpu.h"
 
 namespace meditok {
@@ -81,6 +83,65 @@ void sum_code(const StatsParams& params, const uint32_t* rows, int64_t count, co
     }
 }
 
+// Sums of the codes of one group for the block of rows that is passing by.
+struct Passing {
+    explicit Passing(int64_t codes, int64_t width)
+        : partial(static_cast<size_t>(codes * width)), block_of(static_cast<size_t>(codes)) {}
+
+    std::vector<float> partial;     // (codes, width), of the codes of `touched`
+    std::vector<int64_t> block_of;  // (codes) number of the last block that touched a code, from 1
+    std::vector<int64_t> touched;
+    int64_t block = 0;
+};
+
+template <class T>
+void sum_block(const StatsParams& params, int64_t group, int64_t begin, int64_t end, Passing& passing) {
+    const int64_t width = params.width, column_stride = params.x_strides[2];
+    const T* x = static_cast<const T*>(params.x) + group * params.x_strides[1];
+    int64_t* counts = params.counts + group * params.codes;
+    ++passing.block;
+    passing.touched.clear();
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t code = params.ids[row * params.ids_strides[0] + group * params.ids_strides[1]];
+        if (code < 0 || code >= params.codes) continue;
+        float* partial = passing.partial.data() + code * width;
+        ++counts[code];
+        if (passing.block_of[code] != passing.block) {
+            passing.block_of[code] = passing.block;
+            passing.touched.push_back(code);
+            std::memset(partial, 0, static_cast<size_t>(width) * sizeof(float));
+        }
+        const T* from = x + row * params.x_strides[0];
+        if (column_stride == 1) {
+            for (int64_t c = 0; c < width; ++c) partial[c] += static_cast<float>(to_double(from[c]));
+        } else {
+            for (int64_t c = 0; c < width; ++c) {
+                partial[c] += static_cast<float>(to_double(from[c * column_stride]));
+            }
+        }
+    }
+    for (const int64_t code : passing.touched) {
+        const float* partial = passing.partial.data() + code * width;
+        float* sum = params.sums + (group * params.codes + code) * width;
+        for (int64_t c = 0; c < width; ++c) sum[c] += partial[c];
+    }
+}
+
+template <class T>
+void sum_in_passing(const StatsParams& params, int workers) {
+    parallel_for(params.groups, workers, [&](int, int64_t group) {
+        const int64_t first = group * params.codes;
+        std::memset(params.counts + first, 0, static_cast<size_t>(params.codes) * sizeof *params.counts);
+        std::memset(params.sums + first * params.width, 0,
+                    static_cast<size_t>(params.codes * params.width) * sizeof *params.sums);
+        Passing passing(params.codes, params.width);
+        for (int64_t begin = 0; begin < params.rows; begin += kStatsRows) {
+            const int64_t end = begin + kStatsRows < params.rows ? begin + kStatsRows : params.rows;
+            sum_block<T>(params, group, begin, end, passing);
+        }
+    });
+}
+
 // The row of a code, from its smoothed count (l2) or its own length (cosine).
 template <class T>
 void update_code(const UpdateParams& params, int64_t group, int64_t code, double total) {
@@ -133,6 +194,10 @@ void update_group(const UpdateParams& params, int64_t group) {
 void vq_stats_cpu(const StatsParams& params, int threads) {
     const int64_t groups = params.groups, codes = params.codes, width = params.width;
     const int workers = worth_threads(static_cast<double>(params.rows * groups * (width + 1)), threads);
+    if (width <= kSmallWidth && groups >= workers) {
+        for_dtype(params.type, [&](auto element) { sum_in_passing<decltype(element)>(params, workers); });
+        return;
+    }
     const RowsByCode sorted(params.ids, params.ids_strides[0], params.ids_strides[1], nullptr, 0, params.rows,
                             groups, codes, workers);
     const int64_t chunks = (codes + kCodesAtOnce - 1) / kCodesAtOnce;

@@ -61,15 +61,22 @@ def test_assign_and_lookup(level, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_training_pass(level, metric):
-    """Forward, loss, counts and both gradients, with masked rows."""
-    for rows, groups, codes, width in [(1, 1, 1, 1), (97, 2, 33, 8), (9, 1, 70, 33)]:
-        x = randn(rows, groups, width).requires_grad_()
-        codebook = randn(groups, codes, width, seed=1).requires_grad_()
-        mask = torch.arange(rows) % 3 != 1
-        z, ids, loss, counts = ops.vq_quantize(x, codebook, metric=metric, mask=mask)
-        (z.square().sum() + loss).backward()
-        assert int(counts.sum()) == int(mask.sum()) * groups and x.grad.isfinite().all()
-        ops.vq_stats(x.detach(), ids, codes)
+    """Forward, loss, counts, both gradients, statistics and EMA, with masked rows, strides, half types and threads."""
+    for rows, groups, codes, width in [(1, 1, 1, 1), (97, 2, 33, 8), (9, 1, 70, 33), (4100, 2, 5, 7)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = randn(width, rows, groups, dtype=dtype).permute(1, 2, 0).requires_grad_()
+            codebook = randn(groups, codes, width, seed=1, dtype=dtype).requires_grad_()
+            mask = torch.arange(2 * rows)[::2] % 3 != 1
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                z, ids, loss, counts = ops.vq_quantize(x, codebook, metric=metric, mask=mask, rotation=threads > 1)
+                x.grad = None
+                (z.square().sum() + loss).backward()
+                assert int(counts.sum()) == int(mask.sum()) * groups and x.grad.isfinite().all()
+                counts, sums = ops.vq_stats(x.detach(), ids, codes)
+                state = [codebook.detach().clone(), torch.ones(groups, codes), sums.clone()]
+                ops.vq_update_(*state, counts, sums, decay=0.9, eps=1e-5, metric=metric)
+            torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("dtype", FLOATS[:3])
