@@ -283,9 +283,10 @@ def main() -> None:
     print(f"{processor(options.device)}, {native.backend} {native.isa}, {options.threads} thread(s), "
           f"peak {bench.peak / 1e9:.0f} GFLOP/s")  # fmt: skip
     for section in options.only.split(","):
+        before = len(bench.rows)
         getattr(bench, section)()
-    if options.save:
-        print(f"rows in {append_rows('vq', bench.rows).name}")
+        if options.save:  # at once, so that a long run that is stopped keeps what it measured
+            print(f"rows in {append_rows('vq', bench.rows[before:]).name}", flush=True)
     if options.json:
         write_json(options.json, bench.rows)
 
