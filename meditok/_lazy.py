@@ -10,6 +10,7 @@ from meditok.errors import MissingPartError
 # Import name -> what pip calls it, where the two differ.
 _PACKAGES = {
     "PIL": "pillow",
+    "torch.utils.tensorboard": "tensorboard",
     "skimage": "scikit-image",
     "libjpeg": "pylibjpeg-libjpeg",
     "openjpeg": "pylibjpeg-openjpeg",
@@ -25,7 +26,7 @@ def require(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        top = module.partition(".")[0]
+        top = _PACKAGES.get(module, module).partition(".")[0]
         package = _PACKAGES.get(top, top)
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == top:
             problem = "is not installed"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from .console import console, write_json
 from .options import speaking
+
+SHOWN = ("step", "images_per_s", "share_of_peak", "usage")  # told in words of their own, not as "name value"
 
 
 @click.command(
@@ -18,7 +26,7 @@ from .options import speaking
     "goes on when the same command is given again. Under torchrun, on all its processes.",
 )
 @click.argument("config", metavar="CONFIG")
-@click.option("--out", required=True, metavar="DIR", help="Checkpoints, log.csv, sheets and model.safetensors.")
+@click.option("--out", required=True, metavar="DIR", help="Checkpoints, log.csv, sheets, report and model.safetensors.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--fresh", is_flag=True, help="Start anew, removing what an earlier run left in DIR.")
 @speaking
@@ -28,8 +36,8 @@ def command(ctx: click.Context, config: str, out: str, device: str, fresh: bool,
     from ..train.config import load_config
 
     settings = load_config(config, _changes(ctx.args))
-    with console.progress("training", settings.steps) as advance:
-        shown = Shown(advance)
+    console.quiet |= os.environ.get("RANK", "0") != "0"  # one process of many speaks; errors come from any
+    with display(settings.steps) as shown, _alarms():
         path = run.start(settings, Path(out), device=device, fresh=fresh, report=shown)
     console.info(f"wrote {path}", private=True)
     write_json(json_out, shown.last)
@@ -47,18 +55,79 @@ def _changes(arguments: list[str]) -> list[str]:
 
 
 class Shown:
-    """Says each row of the log in one line, and moves the bar."""
+    """Says each row of the log in one line."""
 
-    def __init__(self, advance):
-        self.advance, self.last, self.step = advance, {}, 0
+    def __init__(self):
+        self.last: dict = {}
 
     def __call__(self, row: dict) -> None:
         if "resumed" in row:
             console.info(f"going on from step {row['resumed']}", step=row["resumed"])
-            row = {"step": row["resumed"]}
-        else:
-            values = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "step")
-            console.info(f"step {row['step']}  {values}", **row)
-            self.last = row
-        self.advance(row["step"] - self.step)
-        self.step = row["step"]
+            return
+        self.last = row
+        console.info(f"step {row['step']}  {losses(row)}  {rates(row)}", **row)
+
+
+class Bar(Shown):
+    """The same on a terminal: one bar, and the losses of the last row under it."""
+
+    def __init__(self, steps: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().__init__()
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[rates]}")
+        self.progress = Progress("{task.description}", *columns, speed_estimate_period=600)
+        self.task = self.progress.add_task("training", total=steps, rates="")
+
+    def __call__(self, row: dict) -> None:
+        if "resumed" in row:
+            self.progress.reset(self.task, completed=row["resumed"])
+            return
+        self.last = row
+        self.progress.update(self.task, completed=row["step"], rates=rates(row))
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(self.progress, Text(losses(self.last)))
+
+
+def losses(row: dict) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in SHOWN)
+
+
+def rates(row: dict) -> str:
+    """ "38.1 images/s  21% of peak  usage 97%"; what a task does not tell is left out."""
+    texts = {"images_per_s": "{:.1f} images/s", "share_of_peak": "{:.0%} of peak", "usage": "usage {:.0f}%"}
+    return "  ".join(text.format(row[name]) for name, text in texts.items() if name in row)
+
+
+@contextlib.contextmanager
+def display(steps: int) -> Iterator[Shown]:
+    """A live bar on a terminal, else a line a row."""
+    plain = console.quiet or console.log_json or not sys.stderr.isatty()
+    if plain or importlib.util.find_spec("rich") is None:
+        yield Shown()
+        return
+    from rich.console import Console as RichConsole
+    from rich.live import Live
+
+    with Live(bar := Bar(steps), console=RichConsole(stderr=True)):
+        yield bar
+
+
+@contextlib.contextmanager
+def _alarms() -> Iterator[None]:
+    """What the package logs while training, such as a collapsed codebook, said as the command's own warnings."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.warning(record.getMessage())
+
+    handler, logger = Handler(logging.WARNING), logging.getLogger("meditok")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -32,6 +32,8 @@ class TokenizerConfig:
     projection: str = "attention"  # how the width changes around the quantiser: attention | linear
     attention: str = "causal"  # within that projection: causal (MedITok) | full (UniTok)
     embed_dim: int = 768  # width of the text-aligned space; 0: the model has no such head
+    text_teacher: str = ""  # frozen text tower that space was aligned with, as teachers.load_text names it
+    text_width: int = 0  # width of its features; 0: the model holds no way from texts to that space
     commitment_weight: float = 0.25
     drop_path: float = 0.0
     licence: str = "unstated"

@@ -64,6 +64,11 @@ class Tokenizer(nn.Module):
         if config.embed_dim:
             self.fc_norm = nn.LayerNorm(config.width, eps=EPS)
             self.projection = nn.Linear(config.width, config.embed_dim)
+        self.text_weights = ""  # file of the text tower, where it is not one that a package ships
+        self._tower: tuple = None, None  # (file it was read from, frozen text tower): no submodule, it is not saved
+        if config.text_width:
+            self.text_fc_norm = nn.LayerNorm(config.text_width, eps=EPS)
+            self.text_projection = nn.Linear(config.text_width, config.embed_dim)
 
     def _projection(self, in_width: int, out_width: int) -> nn.Module:
         if self.config.projection == "linear":
@@ -178,9 +183,31 @@ class Tokenizer(nn.Module):
         post = self.latents(images, "post")
         return F.normalize(self.projection(self.fc_norm(post.mean(1))), dim=-1)
 
+    @torch.no_grad()
     def embed_text(self, text: list[str]) -> torch.Tensor:
-        """Unit vectors (B, E) of texts. MissingPartError: no text tower is part of this model."""
-        raise MissingPartError(f"embed_text: model {self.config.name} holds no text tower; only images can be embedded")
+        """Unit vectors (B, E) of texts, in the space of `embed`: the frozen text tower that stage 2 aligned with, then
+        the head trained there. The tower is read at the first call; one that no package ships needs its file's path in
+        `text_weights`. MissingPartError: the model was not aligned with texts, or the tower is not here.
+        """
+        if not self.config.text_width:
+            raise MissingPartError(
+                f"embed_text: model {self.config.name} holds no text tower; only images can be embedded"
+            )
+        if isinstance(text, str):
+            raise UsageError("embed_text: one string given; give a list of strings")
+        if not text:
+            return torch.zeros(0, self.config.embed_dim, device=self.device)
+        features = self._text_tower()(list(text))
+        return F.normalize(self.text_projection(self.text_fc_norm(features)), dim=-1)
+
+    def _text_tower(self):
+        from .teachers import load_text
+
+        path, tower = self._tower
+        if tower is None or path != self.text_weights:
+            tower = load_text(self.config.text_teacher, self.text_weights)
+        self._tower = self.text_weights, tower.to(self.device)
+        return tower
 
     @torch.no_grad()
     def features(self, x: torch.Tensor | Tokens | MedicalImage | list[MedicalImage]) -> torch.Tensor:

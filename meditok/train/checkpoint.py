@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..atomic import sync, write_text
 from ..errors import BadInputError, UsageError
 from .config import FREE, TrainConfig
+from .sharding import like
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -52,15 +54,35 @@ def existing(out: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def newest(out: Path, config: TrainConfig, data: str) -> tuple[dict[str, torch.Tensor], dict] | None:
+    """`load` of the newest checkpoint that can be read, or None where there is none at all.
+
+    Damaged ones are passed over with a warning each: a run goes on bit for bit from any checkpoint, so going further
+    back costs time and changes nothing. BadInputError where none can be read; other errors as `load`.
+    """
+    found = existing(out)
+    for place, folder in enumerate(reversed(found), 1):
+        try:
+            return load(folder, config, data)
+        except DamagedCheckpointError as error:
+            if place == len(found):
+                raise BadInputError(f"{error}, and no older one is left; pass --fresh to start anew") from None
+            warnings.warn(f"{error}; going back to the one before", stacklevel=2)
+    return None
+
+
+class DamagedCheckpointError(BadInputError):
+    """A checkpoint that is cut, altered or not all there."""
+
+
 def load(folder: Path, config: TrainConfig, data: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, values) of a checkpoint. BadInputError: damaged; UsageError: made with other settings or data."""
+    """(tensors, values) of a checkpoint. DamagedCheckpointError; UsageError: made with other settings or data."""
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInputError(
-            f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0]}); "
-            "remove it to go on from the one before, or pass --fresh"
+        raise DamagedCheckpointError(
+            f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0]})"
         ) from None
     if values.get("format") != FORMAT:
         raise BadInputError(f"{folder}: format {values.get('format')}, this version reads {FORMAT}; pass --fresh")
@@ -90,9 +112,11 @@ def flatten_optimizer(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of `flatten_optimizer`, the prefix taken off."""
+    """Inverse of `flatten_optimizer`, the prefix taken off; moments are spread as their parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        pattern = parameters[int(index)]
+        state.setdefault(int(index), {})[key] = like(value, pattern) if value.shape == pattern.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

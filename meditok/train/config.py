@@ -44,6 +44,7 @@ class TrainConfig:
     caption: str = "caption"  # column of the text; "modality" reads "A {modality} image"
     balance: float = 0.0  # 0: every image alike; 1: every modality alike; 0.5: by the square root
     workers: int = 2  # processes that read; 0: none beside this one
+    check: str = "read"  # before the first step: read every image once, or only "open" it (header and size)
     # objectives
     l1: float = 0.2
     l2: float = 1.0
@@ -83,13 +84,16 @@ class TrainConfig:
     batch: int = 512  # images a step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches a step
     precision: str = "bf16"  # fp32 | tf32 | bf16 | fp16; bottlenecks, quantiser and losses stay fp32
+    drop_path: float = 0.0  # rate of stochastic depth at the last block, growing linearly from 0 at the first
     checkpointing: bool = False  # recompute activations in the backward pass
+    sharded: bool = False  # spread the blocks' weights, gradients and moments over the processes (FSDP2)
     ema: float = 0.0  # decay of the average of the weights; 0: none
     seed: int = 0
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10
     sheet_every: int = 1000
+    track: str = ""  # beside log.csv: tensorboard, wandb, or both joined by a comma
 
     def __post_init__(self):
         checks = {
@@ -98,11 +102,14 @@ class TrainConfig:
             "accumulate": self.accumulate >= 1,
             "size": self.size >= 16 and self.size % 16 == 0,
             "target": self.target in ("image", "text"),
+            "check": self.check in ("read", "open"),
             "precision": self.precision in ("fp32", "tf32", "bf16", "fp16"),
             "keep": self.keep >= 1,
             "save_every": self.save_every >= 1,
             "log_every": self.log_every >= 1,
             "ema": 0 <= self.ema < 1,
+            "drop_path": 0 <= self.drop_path < 1,
+            "sharded": not (self.sharded and self.precision == "fp16"),
             "balance": 0 <= self.balance <= 1,
         }
         wrong = [name for name, good in checks.items() if not good]
@@ -116,7 +123,7 @@ class TrainConfig:
 
 
 # Settings that change nothing about the weights: a run may go on with others.
-FREE = ("keep", "log_every", "sheet_every", "workers", "save_every")
+FREE = ("keep", "log_every", "sheet_every", "workers", "save_every", "check", "track")
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
 

@@ -24,6 +24,8 @@ from ..data.sources import Source
 from ..data.windows import random_ct_window
 from ..errors import BadInputError, MeditokError, UsageError
 from .config import TrainConfig
+from .distributed import World
+from .signals import leave_to_parent
 
 _SHOWN = 20
 
@@ -60,7 +62,7 @@ def find_items(config: TrainConfig) -> list[Item]:
     if not config.data:
         raise UsageError("train: no data; pass --data=PATH (a folder, manifest or tar, several joined by commas)")
     found = discover(config.data.split(","), ReadOptions())
-    failed = [(path, error) for path, error in found.failed if not config.include]
+    failed = [(path, error) for path, error in found.failed if fnmatch.fnmatch(str(path), f"*{config.include}")]
     items: list[Item] = []
     left_out: Counter = Counter()
     for source in found.sources:
@@ -73,13 +75,46 @@ def find_items(config: TrainConfig) -> list[Item]:
         except MeditokError as error:
             failed.append((source.path, error))
     if failed:
-        shown = "; ".join(str(error) for _, error in failed[:_SHOWN])
-        more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
-        raise BadInputError(f"{config.data}: {len(failed)} inputs cannot be trained on: {shown}{more}")
+        raise _unusable(config, [str(error) for _, error in failed])
     if not items:
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no image in it"
         raise BadInputError(f"{config.data}: nothing to train on ({why}); check --split and --weights_ok")
     return items
+
+
+def _unusable(config: TrainConfig, reasons: list[str]) -> BadInputError:
+    more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+    shown = "; ".join(reasons[:_SHOWN])
+    return BadInputError(f"{config.data}: {len(reasons)} inputs cannot be trained on: {shown}{more}")
+
+
+def check_items(items: Sequence[Item], config: TrainConfig, world: World) -> None:
+    """Read every picture once, each process a part. BadInputError, on every process, lists up to 20 that fail."""
+    mine = _Readable(items[world.rank :: world.size])
+    loader = torch.utils.data.DataLoader(mine, 16, collate_fn=list, **_reading(config))
+    reasons = [reason for reasons in loader for reason in reasons if reason]
+    count = world.sum(len(reasons))
+    if reasons:
+        raise _unusable(config, reasons)
+    if count:
+        raise BadInputError(f"{config.data}: {count} inputs cannot be trained on; the other processes name them")
+
+
+class _Readable(torch.utils.data.Dataset):
+    """Why picture i cannot be read, or ""."""
+
+    def __init__(self, items: Sequence[Item]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            read(self.items[index], np.random.default_rng(0))
+        except MeditokError as error:
+            return str(error)
+        return ""
 
 
 def _unwanted(source: Source, config: TrainConfig) -> str:
@@ -185,10 +220,15 @@ def batches(items: Sequence[Item], config: TrainConfig, *, start: int, rank: int
         Samples(items, config),
         batch_sampler=_Parts(start * config.batch + rank * share, config.steps * config.batch, micro, share),
         collate_fn=collate,
-        num_workers=config.workers,
-        multiprocessing_context=_workers() if config.workers else None,
+        **_reading(config),
     )
     yield from loader
+
+
+def _reading(config: TrainConfig) -> dict:
+    """The DataLoader's settings for processes that read."""
+    context = _workers() if config.workers else None
+    return {"num_workers": config.workers, "multiprocessing_context": context, "worker_init_fn": leave_to_parent}
 
 
 def _workers() -> multiprocessing.context.BaseContext:

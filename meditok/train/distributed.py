@@ -45,6 +45,14 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
+    def sum(self, value: int) -> int:
+        """The sum of the ranks' integers."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor)
+        return int(tensor)
+
     def wait(self) -> None:
         if self.size > 1:
             dist.barrier()

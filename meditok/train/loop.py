@@ -11,7 +11,6 @@ import csv
 import io
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +26,10 @@ from .config import TrainConfig
 from .data import Batch
 from .distributed import World
 from .optim import average_
+from .sharding import average_whole_gradients, clip_gradients, hold_gradients
+from .signals import Stop
+from .speed import Speed
+from .state import Run
 
 LOG = "log.csv"
 WEIGHTS = "model.safetensors"
@@ -41,7 +44,10 @@ class Task(Protocol):
 
     modules: dict[str, nn.Module]
     terms: tuple[str, ...]  # every loss there can be, in the order of the log
-    averaged: str  # the phase whose module's weights are averaged and exported
+    averaged: str  # the phase whose module's weights are averaged and exported, and which `blocks` belong to
+
+    def blocks(self) -> list[nn.Module]:
+        """Parts that may be sharded over the processes, each on its own."""
 
     def optimizer(self, phase: str) -> torch.optim.Optimizer: ...
 
@@ -61,71 +67,12 @@ class Task(Protocol):
         """Write the final weights."""
 
 
-class Run:
-    """The state of one run: what a checkpoint holds, and how it comes back."""
-
-    def __init__(self, task: Task, config: TrainConfig, out: Path, world: World, data: str):
-        self.task, self.config, self.out, self.world, self.data = task, config, out, world, data
-        self.step = 0
-        for module in task.modules.values():
-            module.to(world.device)
-        self.optimizers = {phase: task.optimizer(phase) for phase in task.modules}
-        half = config.precision == "fp16"
-        self.scalers = {phase: torch.amp.GradScaler(world.device.type, enabled=half) for phase in task.modules}
-        self.average: dict[str, Tensor] = {}
-        if config.ema:
-            state = task.modules[task.averaged].state_dict()
-            self.average = {name: value.detach().clone() for name, value in state.items()}
-
-    def wrapped(self) -> dict[str, nn.Module]:
-        """The modules as the task calls them: with gradients averaged over the ranks."""
-        if self.world.size == 1:
-            return dict(self.task.modules)
-        device = [self.world.device] if self.world.device.type == "cuda" else None
-        return {
-            phase: DistributedDataParallel(module, device, broadcast_buffers=False)
-            for phase, module in self.task.modules.items()
-        }
-
-    def save(self) -> None:
-        if self.world.first:
-            tensors = {f"average.{name}": value for name, value in self.average.items()}
-            for phase, module in self.task.modules.items():
-                tensors |= {f"module.{phase}.{name}": value for name, value in module.state_dict().items()}
-                tensors |= checkpoint.flatten_optimizer(f"optimizer.{phase}", self.optimizers[phase])
-            values = {
-                "config": self.config.to_dict(),
-                "data": self.data,
-                "scalers": {phase: scaler.state_dict() for phase, scaler in self.scalers.items()},
-            }
-            checkpoint.save(self.out, self.step, tensors, values, keep=self.config.keep)
-        self.world.wait()
-
-    def resume(self) -> bool:
-        """Go on from the last checkpoint, if there is one. Errors as `checkpoint.load`; nothing is skipped."""
-        found = checkpoint.existing(self.out)
-        if not found:
-            return False
-        tensors, values = checkpoint.load(found[-1], self.config, self.data)
-        for phase, module in self.task.modules.items():
-            module.load_state_dict(_part(tensors, f"module.{phase}."))
-            checkpoint.restore_optimizer(self.optimizers[phase], _part(tensors, f"optimizer.{phase}."))
-            self.scalers[phase].load_state_dict(values["scalers"][phase])
-        average = _part(tensors, "average.")
-        self.average = {name: average[name].to(self.world.device) for name in self.average}
-        self.step = values["step"]
-        return True
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
 def start_over(out: Path) -> None:
     """Remove what an earlier run left in `out`, and nothing else."""
-    shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
-    for name in (LOG, WEIGHTS):
-        (out / name).unlink(missing_ok=True)
+    for folder in (checkpoint.FOLDER, "tensorboard"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    for path in (out / LOG, out / WEIGHTS, out / "report.html", *out.glob("sheet-*.png")):
+        path.unlink(missing_ok=True)
 
 
 def train(
@@ -143,33 +90,40 @@ def train(
 
     `batches(step)` gives this rank's micro-batches from that step on; `data` names what they are made of, and a run
     goes on only with the same. NonFiniteLossError on every rank when any rank's loss is not finite; the last
-    checkpoint stays.
+    checkpoint stays. SIGINT or SIGTERM at any rank: a checkpoint after the running step, then KeyboardInterrupt.
     """
-    run = Run(task, config, out, world, data)
+    with Stop() as stop:
+        return _train(Run(task, config, out, world, data), batches, report, sheet, stop)
+
+
+def _train(run: Run, batches, report, sheet, stop: Stop) -> Path:
+    task, config, out, world = run.task, run.config, run.out, run.world
     if run.resume():
         report({"resumed": run.step})
-    log = Log(out / LOG, ("loss_total", *task.terms), run.step, write=world.first)
+    log = Log(out / LOG, run.step, write=world.first)
     call = run.wrapped()
     source = iter(batches(run.step))
-    clock = time.perf_counter()
-    shown = run.step
+    speed = Speed(world.device, config.precision, config.batch)
     while run.step < config.steps:
         torch.manual_seed(_mixed(config.seed, run.step, world.rank))
-        row = _step(run, call, [next(source) for _ in range(config.accumulate)])
+        with speed.step():
+            row = _step(run, call, [next(source) for _ in range(config.accumulate)])
+        speed.saw(frozenset(name for name in task.terms if row[name]))
         run.step += 1
         if run.step % config.log_every == 0 or run.step == config.steps:
-            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-            row["images_per_s"] = (run.step - shown) * config.batch / elapsed
-            shown = run.step
-            row = {"step": run.step} | _averaged(row, world) | task.health()
+            row = {"step": run.step} | _averaged(row | speed.rates(), world) | task.health()
             log.write(row)
             report(row)
         if world.first and (run.step % config.sheet_every == 0 or run.step == config.steps):
             sheet(run.step)
-        if run.step % config.save_every == 0 and run.step < config.steps:
+        stopping = run.step < config.steps and bool(world.largest(int(stop.asked)))
+        if run.step < config.steps and (stopping or run.step % config.save_every == 0):
             run.save()
+        if stopping:
+            raise KeyboardInterrupt(f"stopped after step {run.step}, a checkpoint is kept; the same command goes on")
     run.save()
     weights = run.average or task.modules[task.averaged].state_dict()
+    weights = run.gathered(weights) if run.sharded else weights
     if world.first:
         task.export(out / WEIGHTS, weights)
     world.wait()
@@ -186,7 +140,10 @@ def _step(run: Run, call: dict[str, nn.Module], micro: list[Batch]) -> dict[str,
         optimizer, scaler = run.optimizers[phase], run.scalers[phase]
         optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(micro):
-            with _synchronised(call[phase], last=number == len(micro) - 1):
+            last = number == len(micro) - 1
+            if run.sharded:
+                hold_gradients(module, reduce=last)
+            with _synchronised(call[phase], last=last):
                 terms = task.losses(phase, call, batch.to(run.world.device), run.step)
                 _check(terms, batch, run)
                 total = torch.stack(list(terms.values())).sum()
@@ -197,7 +154,11 @@ def _step(run: Run, call: dict[str, nn.Module], micro: list[Batch]) -> dict[str,
         for group in optimizer.param_groups:
             group["lr"] = task.learning_rate(phase, run.step)
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
+        if run.spread(phase):
+            average_whole_gradients(module, run.world)
+            norm = clip_gradients(module, config.clip, run.world)
+        else:
+            norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip)
         if index == 0:
             row |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
         scaler.step(optimizer)
@@ -246,8 +207,8 @@ def _mixed(seed: int, step: int, rank: int) -> int:
 class Log:
     """log.csv: a header, then a row every `log_every` steps; rows past the step resumed from are dropped."""
 
-    def __init__(self, path: Path, terms: tuple[str, ...], step: int, *, write: bool):
-        self.path, self.terms, self.active = path, terms, write
+    def __init__(self, path: Path, step: int, *, write: bool):
+        self.path, self.active, self.columns = path, write, None
         if not write:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,13 +219,25 @@ class Log:
     def write(self, row: dict[str, float]) -> None:
         if not self.active:
             return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not self.path.stat().st_size:
-            writer.writerow(row)
-        writer.writerow([value if isinstance(value, int) else f"{value:.6g}" for value in row.values()])
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text.getvalue())
+        if self.columns is None:
+            self.columns = self._begin(list(row))
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writerow({key: value if isinstance(value, int) else f"{value:.6g}" for key, value in row.items()})
+
+    def _begin(self, columns: list[str]) -> list[str]:
+        """The header of the file; rows of a run that had other columns keep them, and are blank in those of today."""
+        with open(self.path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            before, rows = reader.fieldnames or [], list(reader)
+        columns += [name for name in before if name not in columns]
+        if columns != before:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(self.path, text.getvalue())
+        return columns
 
 
 def _step_of(line: str) -> int:

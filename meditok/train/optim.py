@@ -6,20 +6,22 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .sharding import local
 
 NO_DECAY = ("norm_scale", "bn", "ln", "bias", "logit_scale")  # parts of names, as published
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in two groups; vectors, scalars and the names above do not decay, codebooks do."""
-    groups: dict[bool, list] = {True: [], False: []}
+    """Trained parameters in groups; vectors, scalars and the names above do not decay, codebooks do. Sharded ones are
+    in groups of their own, since one update cannot mix them with others."""
+    groups: dict[tuple[bool, bool], list] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)].append(parameter)
-    return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
+            decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)
+            groups.setdefault((isinstance(parameter, DTensor), not decays), []).append(parameter)
+    return [{"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay} for key in sorted(groups)]
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, final: float) -> float:
@@ -41,7 +43,8 @@ def average_(average: dict[str, torch.Tensor], module: nn.Module, decay: float, 
     """
     decay = min(decay, (1 + step) / (10 + step))
     for name, value in module.state_dict().items():
+        mean, value = local(average[name]), local(value)
         if value.is_floating_point():
-            average[name].lerp_(value, 1 - decay)
+            mean.lerp_(value, 1 - decay)
         else:
-            average[name].copy_(value)
+            mean.copy_(value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,13 @@ import torch
 from ..atomic import atomic_path, write_text
 from ..evaluate.held_out import fingerprints
 from ..models.files import DATA_FILE
-from . import distributed, loop
+from . import checkpoint, distributed, loop
 from .config import TrainConfig
-from .data import Batch, Item, batches, find_items, held_out, list_hash
+from .data import Batch, Item, batches, check_items, find_items, held_out, list_hash
+from .report import write_report
+from .state import setting
 from .tasks.alignment import Alignment
+from .trackers import trackers
 
 SHEET_IMAGES = 8
 CONFIG_FILE = "config.json"
@@ -26,29 +31,51 @@ def start(
 ) -> Path:
     """Train to the end, or go on where an interrupted run of the same settings stopped; returns the weights' path.
 
-    Every image is looked at before the first step. Errors as find_items, checkpoint.load and loop.train.
+    Every image is looked at before the first step. report: told each row of the log, and {"resumed": step} first where
+    the run goes on. Errors as find_items, check_items, checkpoint.newest and loop.train.
     """
-    items = find_items(config)
     with distributed.world(device) as world:
+        task = Alignment(config, world)  # first, since a teacher that is not here need not wait for the data
+        items = find_items(config)
         if fresh and world.first:
             loop.start_over(out)
         world.wait()
-        task = Alignment(config, world)
+        if config.check == "read" and not checkpoint.existing(out):
+            check_items(items, config, world)
         if world.first:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / CONFIG_FILE, _as_json(config, items))
             write_text(out / DATA_FILE, json.dumps(data_record(items)) + "\n")
+        told = trackers(out, config) if world.first else []
         shown = held_out(items, config, SHEET_IMAGES)
-        return loop.train(
-            task,
-            lambda step: batches(items, config, start=step, rank=world.rank, world=world.size),
-            config,
-            out,
-            world,
-            data=list_hash(items),
-            report=report if world.first else lambda row: None,
-            sheet=lambda step: draw_sheet(task, shown, out / f"sheet-{step:08d}.png"),
-        )
+
+        def tell(row: dict) -> None:
+            for each in (report, *(tracker.row for tracker in told)):
+                each(row)
+
+        def sheet(step: int) -> None:
+            path = out / f"sheet-{step:08d}.png"
+            draw_sheet(task, shown, path)
+            for tracker in told:
+                tracker.sheet(path, step)
+
+        with contextlib.ExitStack() as closing:
+            for tracker in told:
+                closing.callback(tracker.close)
+            path = loop.train(
+                task,
+                lambda step: batches(items, config, start=step, rank=world.rank, world=world.size),
+                config,
+                out,
+                world,
+                data=list_hash(items),
+                report=tell if world.first else lambda row: None,
+                sheet=sheet,
+            )
+        if world.first:
+            modalities = Counter(item.modality for item in items)
+            write_report(out, config, modalities=modalities, cards=task.cards(), setting=setting(world))
+        return path
 
 
 def _as_json(config: TrainConfig, items: list[Item]) -> str:

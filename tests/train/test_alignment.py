@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import meditok
 from meditok.cli import run as command
+from meditok.errors import MissingPartError
 from meditok.train import checkpoint
 from meditok.train.data import batches, find_items
 from meditok.train.distributed import World
@@ -46,26 +47,34 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("target", ["image", "text"])
 def test_a_stage_lowers_every_loss_of_the_generator_it_can_and_writes_a_model(data, tmp_path, target):
-    rows = stages.go(tmp_path / "out", data=data, target=target, contrastive=1.0, steps=30, warmup=3, adversarial=0.0)
+    rows = stages.go(tmp_path / "out", data=data, target=target, contrastive=1.0, steps=12, lr=3e-3, adversarial=0.0)
     first, last = rows[0], rows[-1]
     for term in ("l1", "l2", "contrastive"):
         assert last[term] < first[term], term
     model = meditok.load(tmp_path / "out" / "model.safetensors", device="cpu")
     assert model.embed(torch.zeros(1, 3, 48, 48)).shape == (1, 16)
+    if target == "text":
+        assert model.embed_text(["noise number 0", "noise number 1"]).norm(dim=1).tolist() == pytest.approx([1, 1])
+    else:
+        with pytest.raises(MissingPartError, match="no text tower"):
+            model.embed_text(["noise number 0"])
     with open(tmp_path / "out" / "log.csv") as file:
         log = list(csv.DictReader(file))
-    assert [row["step"] for row in log] == [str(step) for step in range(1, 31)]
+    assert [row["step"] for row in log] == [str(step) for step in range(1, 13)]
     assert list(log[0])[:2] == ["step", "loss_total"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 and "perplexity_min" in page and "://" not in page
 
 
 @pytest.mark.parametrize("target", ["image", "text"])
 def test_a_stage_killed_between_checkpoints_ends_as_one_that_was_not(data, tmp_path, target):
     options = {"data": data, "target": target, "codebook_update": "ema" if target == "text" else "gradient"}
-    stages.go(tmp_path / "whole", **options, steps=5)
-    killed = start(tmp_path / "killed", 1, **options, steps=5, kill=3)
+    options |= {"steps": 20, "save_every": 10, "batch": 2, "size": 32}
+    stages.go(tmp_path / "whole", **options)
+    killed = start(tmp_path / "killed", 1, **options, kill=12)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [path.name for path in checkpoint.existing(tmp_path / "killed")] == ["step-00000002"]
-    stages.go(tmp_path / "killed", **options, steps=5)
+    assert [path.name for path in checkpoint.existing(tmp_path / "killed")] == ["step-00000010"]
+    stages.go(tmp_path / "killed", **options)
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
 

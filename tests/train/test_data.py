@@ -17,6 +17,7 @@ from meditok.data.augment import Augmentation
 from meditok.errors import BadInputError, UsageError
 from meditok.train import data
 from meditok.train.config import TrainConfig
+from meditok.train.distributed import World
 
 
 def config(path, **changes) -> TrainConfig:
@@ -54,6 +55,17 @@ def test_every_row_that_cannot_be_read_is_listed_before_the_first_step(manifest)
         data.find_items(config(manifest))
     assert "2 inputs cannot be trained on" in str(failure.value)
     assert "3.png" in str(failure.value) and "5.png" in str(failure.value) or "row 7" in str(failure.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_is_read_to_its_end_before_the_first_step(manifest, workers):
+    for name in ("3.png", "9.png"):
+        path = manifest.parent / name
+        path.write_bytes(path.read_bytes()[:-30])
+    made = config(manifest, workers=workers)
+    items = data.find_items(made)  # their headers are whole
+    with pytest.raises(BadInputError, match="2 inputs cannot be trained on: .*3.png.*9.png"):
+        data.check_items(items, made, World(0, 1, torch.device("cpu")))
 
 
 def test_stage_two_needs_a_caption_for_every_image(manifest):

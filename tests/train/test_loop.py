@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,17 +24,18 @@ from . import toy
 ROOT = str(Path(meditok.__file__).parents[1])
 
 
-def start(out: Path, processes: int, **options) -> subprocess.CompletedProcess:
+def start(out: Path, processes: int, limit: float = 240, **options) -> subprocess.CompletedProcess:
     """A run in processes of its own, under torchrun when there are several."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
     environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "MEDITOK_DIST_TIMEOUT": "30"}
     command = [sys.executable, *launcher, toy.__file__, str(out), json.dumps(options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
 
 
 def log_of(out: Path) -> list[dict]:
     with open(out / "log.csv") as file:
-        return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "share_of_peak")} for row in rows]
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -66,6 +66,18 @@ def test_processes_agree_with_one_on_the_joined_batch(tmp_path, processes):
         assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in other.items()}, rel=1e-4)
 
 
+def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(tmp_path):
+    options = {"steps": 6, "accumulate": 2, "clip": 0.5}
+    toy.run(tmp_path / "one", **options)
+    stopped = start(tmp_path / "many", 2, **options, sharded=True, signal=int(signal.SIGTERM), signal_at=3)
+    assert stopped.returncode != 0 and checkpoint.existing(tmp_path / "many")[-1].name == "step-00000004"
+    result = start(tmp_path / "many", 2, **options, sharded=True)
+    assert result.returncode == 0, result.stderr
+    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_micro_batches_count_once(tmp_path):
     toy.run(tmp_path / "one", steps=6)
     toy.run(tmp_path / "parts", steps=6, accumulate=4)
@@ -75,10 +87,10 @@ def test_micro_batches_count_once(tmp_path):
 
 
 def test_every_rank_stops_on_a_loss_that_is_not_finite(tmp_path):
-    result = start(tmp_path / "out", 2, steps=10, poison=5, poisoned_rank=1)
+    result = start(tmp_path / "out", 2, limit=60, steps=10, poison=5, poisoned_rank=1)
     assert result.returncode != 0
     message = "step 6: loss fit is not finite on rank 1 (samples from 44)"
-    assert result.stderr.count(f"NonFiniteLossError: {message}") >= 2  # both ranks, in their own words
+    assert result.stderr.count(f"NonFiniteLossError: {message}") >= 2  # both ranks, in their own words, at once
     assert [path.name for path in checkpoint.existing(tmp_path / "out")] == ["step-00000003"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -88,17 +100,57 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     assert [path.name for path in checkpoint.existing(tmp_path / "out")] == ["step-00000010", "step-00000012"]
 
 
-def test_a_damaged_checkpoint_stops_the_run_and_says_what_to_do(tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_the_run_ends_as_it_would_have(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         toy.run(tmp_path / "out", steps=10, interrupt=7)
     state = checkpoint.existing(tmp_path / "out")[-1] / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-7])
-    with pytest.raises(BadInputError, match="cannot be read .* remove it to go on from the one before, or .*--fresh"):
+    with pytest.warns(UserWarning, match="step-00000006: the checkpoint cannot be read .* back to the one before"):
         toy.run(tmp_path / "out", steps=10)
-    shutil.rmtree(state.parent)
-    toy.run(tmp_path / "out", steps=10)
     toy.run(tmp_path / "whole", steps=10)
     assert_same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path / "out", steps=10, interrupt=4)
+    (state,) = checkpoint.existing(tmp_path / "out")
+    (state / "state.json").write_text("{")
+    with pytest.raises(BadInputError, match="cannot be read .* no older one is left; pass --fresh"):
+        toy.run(tmp_path / "out", steps=10)
+
+
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_at_one_process_stops_all_after_the_step_with_a_checkpoint(tmp_path, number, processes):
+    result = start(tmp_path / "out", processes, steps=10, signal=int(number), signal_at=4)
+    assert result.returncode != 0
+    assert result.stderr.count("stopped after step 5, a checkpoint is kept") >= processes
+    assert checkpoint.existing(tmp_path / "out")[-1].name == "step-00000005"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    if processes == 1:
+        toy.run(tmp_path / "out", steps=10)
+        toy.run(tmp_path / "whole", steps=10)
+        assert_same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def test_another_number_of_threads_is_said_to_change_the_last_bits(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path / "out", steps=10, interrupt=4)
+    torch.set_num_threads(2)
+    try:
+        with pytest.warns(UserWarning, match="going on with threads 1, now 2: the result agrees within rounding only"):
+            toy.run(tmp_path / "out", steps=10)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_columns_that_a_log_did_not_have_are_added_to_it(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss_total,old\n1,0.5,2\n")
+    log = loop.Log(path, 1, write=True)
+    log.write({"step": 2, "loss_total": 0.25, "new": 3.0})
+    log.write({"step": 3, "loss_total": 0.125, "new": 4.0})
+    assert path.read_text() == "step,loss_total,new,old\n1,0.5,,2\n2,0.25,3,\n3,0.125,4,\n"
 
 
 def test_another_setting_is_not_gone_on_with(tmp_path):

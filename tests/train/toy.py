@@ -26,13 +26,17 @@ class Toy:
     averaged = "model"
 
     def __init__(
-        self, noise: float = 0.0, poison: int = -1, poisoned_rank: int = 0, kill: int = -1, interrupt: int = -1
-    ):
+        self, noise: float = 0.0, poison: int = -1, poisoned_rank: int = 0, kill: int = -1, interrupt: int = -1,
+        signal: int = 0, signal_at: int = -1,
+    ):  # fmt: skip
         torch.manual_seed(0)
         self.modules = {"model": nn.Linear(4, 1), "critic": nn.Linear(1, 1)}
         self.noise, self.poison, self.poisoned_rank = noise, poison, poisoned_rank
-        self.kill, self.interrupt = kill, interrupt
+        self.kill, self.interrupt, self.signal, self.signal_at = kill, interrupt, signal, signal_at
         self.last = None
+
+    def blocks(self):
+        return [self.modules["model"]]
 
     def optimizer(self, phase):
         return torch.optim.AdamW(self.modules[phase].parameters(), lr=0.1)
@@ -58,6 +62,8 @@ class Toy:
     def finish_step(self, step):
         if step == self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.signal_at and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), self.signal)
         if step == self.interrupt:
             raise KeyboardInterrupt
 
@@ -82,7 +88,8 @@ def batches(config: TrainConfig, world):
 
 def run(out: Path, **options) -> None:
     """One run of the loop; options are TrainConfig's, and those of Toy."""
-    toy = {key: options.pop(key) for key in ("poison", "poisoned_rank", "kill", "interrupt", "noise") if key in options}
+    mine = ("poison", "poisoned_rank", "kill", "interrupt", "noise", "signal", "signal_at")
+    toy = {key: options.pop(key) for key in mine if key in options}
     config = TrainConfig(**{"batch": 8, "save_every": 3, "log_every": 1, "precision": "fp32", "ema": 0.9} | options)
     with distributed.world("cpu") as world:
         loop.train(Toy(**toy), batches(config, world), config, out, world, data="numbers")

@@ -9,7 +9,10 @@ same image (stage 1), or those of a frozen text tower on its caption (stage 2).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...models.config import TokenizerConfig
 from ...models.discriminator import build_discriminator
 from ...models.files import build as build_model
 from ...models.files import load, model_from_state, write_model
-from ...models.teachers import load_text, load_vision
+from ...models.precision import check_precision
+from ...models.teachers import CARDS, Card, load_text, load_vision
 from ...models.tokenizer import Tokenizer, TrainingOutput
 from ...objectives import adversarial, contrastive, diffaug, reconstruction
 from ...objectives.perceptual import build_perceptual
@@ -57,6 +62,40 @@ class Aligned(nn.Module):
         return Outputs(out, self.text_projection(self.text_fc_norm(teacher)), self.core.logit_scale)
 
 
+class TextHead(NamedTuple):
+    """The trained way from a text tower's features to the shared space."""
+
+    towers: tuple[str, int]  # name and width of the tower
+    norm: nn.LayerNorm
+    projection: nn.Linear
+
+
+def take_text_head(core: Tokenizer) -> TextHead | None:
+    """Remove the text head from a tokenizer that has one, and return it."""
+    config = core.config
+    if not config.text_width:
+        return None
+    head = TextHead((config.text_teacher, config.text_width), core.text_fc_norm, core.text_projection)
+    del core.text_fc_norm, core.text_projection
+    core.config = dataclasses.replace(config, text_teacher="", text_width=0)
+    return head
+
+
+def _say_what_init_decides(config: TrainConfig, found: TokenizerConfig) -> None:
+    made = json.loads(json.dumps(found.to_dict()))  # tuples as lists, as a file has them
+    asked = json.loads(json.dumps(config.model))
+    other = [f"{key} {made[key]}, not {value}" for key, value in asked.items() if made.get(key, value) != value]
+    if other:
+        warnings.warn(f"the weights of --init decide the model: {'; '.join(other)}", stacklevel=2)
+
+
+def drop_paths(core: Tokenizer, rate: float) -> None:
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): each side's blocks drop at rates from 0 to `rate`."""
+    for blocks in (core.encoder.blocks, core.decoder.blocks):
+        for place, block in enumerate(blocks):
+            block.drop_path.rate = rate * place / max(len(blocks) - 1, 1)
+
+
 def recompute(core: Tokenizer) -> None:
     """Keep only the inputs of each block for the backward pass, and compute the rest again there."""
     decoder = core.decoder
@@ -77,15 +116,21 @@ class Alignment:
             if config.init
             else build_model(config.preset, seed=config.seed, **config.model)
         )
-        core.precision = config.precision
+        if config.init:
+            _say_what_init_decides(config, core.config)
+        core.precision = check_precision(config.precision, world.device)
         core.quantizer.save_state = True
         core.quantizer.revive = config.revive
         core.quantizer.entropy_weight, core.quantizer.entropy_temperature = config.entropy, config.entropy_temperature
         core.quantizer.codebook_update = config.codebook_update  # from here on the state is part of checkpoints
+        drop_paths(core, config.drop_path)
         if config.checkpointing:
             recompute(core)
         self.teacher = self._teacher() if config.contrastive else None
+        head = take_text_head(core)  # what stage 2 trained, if `init` is its result
         generator = Aligned(core.train(), self.teacher.width if self.teacher else 0)
+        if head and self._towers() == head.towers:
+            generator.text_fc_norm, generator.text_projection = head.norm, head.projection
         if not self.teacher and core.config.embed_dim:  # heads that no loss reaches
             for part in (core.fc_norm, core.projection):
                 part.requires_grad_(False)
@@ -106,11 +151,21 @@ class Alignment:
         self.usage = 0.0
         self._pairs: list[tuple[Tensor, Tensor]] = []  # images and reconstructions of this step's micro-batches
 
+    def _towers(self) -> tuple[str, int]:
+        """Name and width of the text tower that images are aligned with; ("", 0) without one."""
+        if self.teacher is None or self.config.target != "text":
+            return "", 0
+        return self.config.teacher, self.teacher.width
+
     def _teacher(self):
         load_teacher = load_vision if self.config.target == "image" else load_text
         return load_teacher(self.config.teacher, self.config.teacher_weights).to(self.world.device)
 
     # ---- what the loop asks --------------------------------------------------------------------------------------
+
+    def blocks(self) -> list[nn.Module]:
+        core = self.modules["generator"].core
+        return [*core.encoder.blocks, *core.decoder.blocks]
 
     def optimizer(self, phase: str) -> torch.optim.Optimizer:
         config = self.config
@@ -144,14 +199,39 @@ class Alignment:
         self._pairs.clear()
 
     def health(self) -> dict[str, float]:
-        extra = {"adversarial_weight": self.weight} if self.config.adversarial else {}
-        return {"usage": self.usage} | extra
+        """Per cent of codes in use in the last batch, the worst codebook of the running window, and the guard rails."""
+        window = self.modules["generator"].core.quantizer.health()
+        values = {
+            "usage": self.usage,
+            "usage_min": 100 * window.usage_min,
+            "perplexity_min": window.perplexity_min,
+            "dead_max": 100 * window.dead_max,
+            "revived": window.revived,
+        }
+        if self.teacher:
+            values["logit_scale"] = float(self.modules["generator"].core.logit_scale.detach().exp())
+        if self.config.adversarial:
+            values["adversarial_weight"] = self.weight
+        return values
+
+    def cards(self) -> list[Card]:
+        """The frozen networks that took part."""
+        config = self.config
+        names = ["lpips", "vgg16"] if config.perceptual_net.startswith("lpips") else ["stlpips"]
+        found = [CARDS[name] for name in (names if config.perceptual else [])]
+        found += [CARDS[config.discriminator]] if config.adversarial else []
+        return [*([self.teacher.card] if self.teacher else []), *found]
 
     def export(self, path: Path, weights: dict[str, Tensor]) -> None:
-        core = self.modules["generator"].core
-        mine = {key.removeprefix("core."): value.cpu() for key, value in weights.items() if key.startswith("core.")}
-        state = {key: value for key, value in mine.items() if not key.startswith("quantizer.state.")}
-        write_model(model_from_state(core.config, state, str(path)), path)
+        """The tokenizer; after stage 2 with the head that takes the text tower's features to the shared space."""
+        config, (text_teacher, text_width) = self.modules["generator"].core.config, self._towers()
+        state = {key.removeprefix("core."): value.cpu() for key, value in weights.items()}
+        state = {key: value for key, value in state.items() if not key.startswith("quantizer.state.")}
+        if text_width:
+            config = dataclasses.replace(config, text_teacher=text_teacher, text_width=text_width)
+        else:
+            state = {key: value for key, value in state.items() if not key.startswith("text_")}
+        write_model(model_from_state(config, state, str(path)), path)
 
     # ---- phases --------------------------------------------------------------------------------------------------
 

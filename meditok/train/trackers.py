@@ -1,0 +1,86 @@
+"""Rows of the log and sheets, told to TensorBoard or Weights & Biases as they come, beside `log.csv`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from .._lazy import require
+from ..errors import UsageError
+from .config import TrainConfig
+
+
+class Tracker(Protocol):
+    def row(self, row: dict[str, float]) -> None:
+        """A row of the log, with its `step`; or {"resumed": step}."""
+
+    def sheet(self, path: Path, step: int) -> None:
+        """A PNG of reconstructions."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in DIR/tensorboard; what an interrupted run told after the step it goes on from is purged."""
+
+    def __init__(self, out: Path, config: TrainConfig):
+        self.module, self.folder = require("torch.utils.tensorboard", "--track=tensorboard"), out / "tensorboard"
+        self.writer = self.module.SummaryWriter(str(self.folder))
+
+    def row(self, row: dict[str, float]) -> None:
+        if "resumed" in row:
+            self.writer.close()
+            self.writer = self.module.SummaryWriter(str(self.folder), purge_step=row["resumed"] + 1)
+            return
+        for name, value in row.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, row["step"])
+
+    def sheet(self, path: Path, step: int) -> None:
+        self.writer.add_image("reconstructions", _pixels(path), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of project "meditok", named by the folder's path; WANDB_MODE and the like are the user's to set."""
+
+    def __init__(self, out: Path, config: TrainConfig):
+        self.wandb = require("wandb", "--track=wandb")
+        name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+        self.run = self.wandb.init(
+            project="meditok", dir=str(out), id=name, resume="allow", config=config.to_dict(), name=out.resolve().name
+        )
+
+    def row(self, row: dict[str, float]) -> None:
+        if "resumed" not in row:
+            self.run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def sheet(self, path: Path, step: int) -> None:
+        self.run.log({"reconstructions": self.wandb.Image(_pixels(path))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+KINDS: dict[str, Callable[[Path, TrainConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def trackers(out: Path, config: TrainConfig) -> list[Tracker]:
+    """Those that `config.track` names. UsageError: unknown; MissingPartError: its package is not installed."""
+    names = [name.strip() for name in config.track.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in KINDS]:
+        raise UsageError(f"--track={config.track}: {unknown[0]!r} is unknown; choose of {', '.join(KINDS)}")
+    return [KINDS[name](out, config) for name in names]
+
+
+def _pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
