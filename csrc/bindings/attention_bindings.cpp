@@ -82,23 +82,23 @@ void bind_attention(py::module_& module) {
                                    threads);
         },
         py::call_guard<py::gil_scoped_release>());
-#if defined(MEDITOK_HAVE_CUDA_ATTENTION)
+#if defined(MEDITOK_HAVE_CUDA)
     module.def(
         "attention_cuda",
-        [](const AttentionParams& params, int device, A stream) {
+        [](const AttentionParams& params, bool tf32, int device, A stream) {
             count_call(kAttentionCuda);
-            attention_cuda(params, device, pointer<void>(stream));
+            attention_cuda(params, tf32, device, pointer<void>(stream));
         },
         py::call_guard<py::gil_scoped_release>());
     module.def("attention_backward_scratch_bytes", &attention_backward_scratch_bytes);
     module.def(
         "attention_backward_cuda",
         [](const AttentionParams& forward, A grad_out, S g, A grad_q, A grad_k, A grad_v, S q, S k, S v,
-           A scratch, bool deterministic, int device, A stream) {
+           A scratch, bool tf32, int device, A stream) {
             count_call(kAttentionBackwardCuda);
             attention_backward_cuda(
-                make_backward(forward, grad_out, g, grad_q, grad_k, grad_v, q, k, v, scratch), deterministic,
-                device, pointer<void>(stream));
+                make_backward(forward, grad_out, g, grad_q, grad_k, grad_v, q, k, v, scratch), tf32, device,
+                pointer<void>(stream));
         },
         py::call_guard<py::gil_scoped_release>());
 #endif

@@ -4,7 +4,7 @@
 //
 // A box is 64 rows of 128 bytes, 64 halves, in shared memory at a multiple of 1,024 bytes: row r at 128 r, its 16-byte
 // parts swizzled (part p at p xor r % 8), as the copy engine writes it and wgmma reads it. Descriptors of a box:
-//   bits 0-13 address / 16, 16-29 unused here (1), 32-45 bytes between groups of eight rows / 16 (64), 62-63 swizzle (1)
+//   bits 0-13 address / 16, 16-29 unused here, 32-45 bytes between groups of eight rows / 16 (64), 62-63 swizzle (1)
 // With the depth along the rows' elements ("K-major") a step of 16 is 32 bytes further; with the depth across rows
 // ("MN-major", a transposed B) it is 16 rows, 2,048 bytes.
 #pragma once
@@ -90,7 +90,7 @@ __device__ inline void meet_warpgroup(int group) {
 
 __device__ inline uint64_t box_descriptor(const void* box, int byte) {
     const uint64_t address = shared_address(box) + static_cast<uint32_t>(byte);
-    return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
+    return (address & 0x3ffff) >> 4 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 
 // The sums go through an empty instruction, so that what is computed of them stays on its side of it.

@@ -178,12 +178,8 @@ def update(
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
-# q, k, v and out are seen as (B, H, tokens, D), whatever lies behind; lse (B, H, N) float32 contiguous. Where a core
-# has CUDA kernels for it is asked by `has_cuda_attention`.
-
-
-def has_cuda_attention() -> bool:
-    return hasattr(native.core, "attention_cuda")
+# q, k, v and out are seen as (B, H, tokens, D), whatever lies behind; lse (B, H, N) float32 contiguous. On CUDA
+# products of float32 are tf32's where torch.backends.cuda.matmul.allow_tf32 says so.
 
 
 def attention(q: Any, k: Any, v: Any, mask: Any, settings: dict[str, Any], out: Any, lse: Any) -> None:
@@ -193,7 +189,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, settings: dict[str, Any], out: 
     if place is None:
         native.core.attention(params, native.threads())
     else:
-        native.core.attention_cuda(params, *place)
+        native.core.attention_cuda(params, torch.backends.cuda.matmul.allow_tf32, *place)
 
 
 def attention_backward(
@@ -215,8 +211,8 @@ def attention_backward(
         native.core.attention_backward(*arguments, native.threads())
         return
     buffer = scratch(native.core.attention_backward_scratch_bytes(params))
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    native.core.attention_backward_cuda(*arguments, _view(buffer)[0], deterministic, *place)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    native.core.attention_backward_cuda(*arguments, _view(buffer)[0], tf32, *place)
 
 
 def _attention_params(q: Any, k: Any, v: Any, mask: Any, settings: dict[str, Any], out: Any, lse: Any) -> Any:

@@ -71,13 +71,13 @@ def _by_kernel(array: Any, mask_needed: bool = False) -> bool:
     if dtype_name(array) == "float64" or mask_needed:
         return False  # MKL's products in float64, and the gradient to an additive mask, are PyTorch's
     if isinstance(array, Tensor) and array.device.type == "cuda":
-        return _cuda_kernels(array.device.index)
+        return array.shape[-1] <= 128 and _cuda_kernels(array.device.index)  # wider heads: PyTorch's
     return native.backend == "native" and native.isa != "neon"  # on Arm PyTorch beats the scalar loop
 
 
 @torch.compiler.assume_constant_result
 def _cuda_kernels(device: int) -> bool:
-    return native.cuda_backend(device) == "native" and _native.has_cuda_attention()
+    return native.cuda_backend(device) == "native"
 
 
 # ---- schema and kernels ------------------------------------------------------------------------------------

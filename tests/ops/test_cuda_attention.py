@@ -6,6 +6,7 @@ This proves the kernels' logic where no GPU is at hand; test_gpu_attention.py ru
 from __future__ import annotations
 
 import ctypes
+import re
 
 import pytest
 import torch
@@ -412,3 +413,23 @@ def test_the_hopper_kernel_does_not_depend_on_the_order_of_threads(hopper, name)
     for out, lse in found[1:]:
         assert_same_bits(out, found[0][0])
         assert_same_bits(lse, found[0][1])
+
+
+def test_boxes_are_described_as_triton_describes_them(attention_kernels):
+    """An independent compiler emits for the same two products the descriptors, steps and operand orders that the Hopper
+    kernel uses and its emulation reads."""
+    pytest.importorskip("triton", reason="triton is not installed with this torch")
+    from .triton_attention import hopper_ptx
+
+    ptx = hopper_ptx()
+    describe = attention_kernels.describe_box
+    describe.restype = ctypes.c_uint64
+    first = describe(0)
+    found = {int(number) - first for number in re.findall(r"4611686\d{12}", ptx)}
+    along, across = ([describe(step * size) - first for step in range(4)] for size in (32, 2048))
+    assert found == {*along, *across} and len(found) == 7
+    products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n64k16\.f32\.f16\.f16 (.*);", ptx)
+    assert [re.search(r"(\}?), %rd\d+, \S+ (1, 1.*)$", product).groups() for product in products] == [
+        *[("", "1, 1, 0, 0")] * 4,
+        *[("}", "1, 1, 1")] * 4,
+    ]

@@ -91,6 +91,20 @@ def test_packed_projections(dtype, reduce):
         assert_twice(found, peer, exact, dtype, f"{shape} {reduce}")
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 256, 511, 513, 900])
+def test_any_layout(dtype, tokens):
+    """Heads before tokens, one element off, columns apart, heads expanded: what the copy engine takes and what not."""
+    q, k, v, _ = inputs((2, 3, tokens, tokens, 64), dtype)
+    odd = torch.empty(k.numel() + 1, dtype=dtype, device="cuda")[1:].view(k.shape).copy_(k)
+    apart = torch.empty(*k.shape[:3], 128, dtype=dtype, device="cuda")[..., ::2].copy_(k)
+    for other in (k.contiguous(), odd, apart, k[:, :1].expand(2, 3, tokens, 64)):
+        arrays = (q, other, v.contiguous(), None)
+        found, peer = (results(op, *arrays, "causal") for op in (ops.attention, reference.attention))
+        exact = results(reference.attention, *(x if x is None else x.double() for x in arrays), "causal")
+        assert_twice(found, peer, exact, dtype, f"{tokens} {other.stride()}")
+
+
 def test_tf32_is_taken_only_where_it_is_allowed():
     """With allow_tf32 the products have 11 bits, without it float32's."""
     arrays = inputs((2, 4, 256, 256, 64), torch.float32)

@@ -37,3 +37,8 @@ extern "C" void set_backwards(int backwards) {
 extern "C" void set_accumulator_bits(int bits) {
     emulation::accumulator_bits = bits;
 }
+
+// Of a box at the start of shared memory, read from `byte` on.
+extern "C" uint64_t describe_box(int byte) {
+    return box_descriptor(emulation::shared_window(), byte);
+}

@@ -126,7 +126,7 @@ inline void meet_warpgroup(int group) {
 
 inline uint64_t box_descriptor(const void* box, int byte) {
     const uint64_t address = shared_address(box) + static_cast<uint32_t>(byte);
-    return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
+    return (address & 0x3ffff) >> 4 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 
 inline void begin_products(float (&)[8][4]) {}
