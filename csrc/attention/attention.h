@@ -63,7 +63,7 @@ void attention_backward_cpu(const AttentionBackwardParams& params, int threads);
 
 // On `device`, queued on `stream` (a cudaStream_t); nothing is allocated and nothing waits, and the bits are the same
 // from run to run. Widths up to 128 and no float64. `tf32`: products of float32 may drop to tf32's 11 significant bits.
-// On tensor cores a key that is not attended must be finite: 0 times infinity is NaN there.
+// Here a key that is not attended must be finite all the same: 0 times infinity is NaN.
 void attention_cuda(const AttentionParams& params, bool tf32, int device, void* stream);
 void attention_backward_cuda(const AttentionBackwardParams& params, bool tf32, int device, void* stream);
 int64_t attention_backward_scratch_bytes(const AttentionParams& params);

@@ -65,23 +65,30 @@ __device__ inline void store_float(void* data, Dtype type, int64_t index, float 
     }
 }
 
-// A thread's totals to the array, row i times factor[i].
+// A thread's totals, row i times factor[i], through the warp's rows of a tile to the array's rows first ....
 template <class S>
-__device__ __forceinline__ void store_totals(const SimtHead& head, int first_row,
+__device__ __forceinline__ void store_totals(float* rows, const SimtHead& head, int first,
                                              const typename S::Totals& total,
                                              const float (&factor)[S::kThreadRows]) {
     const int lane = lane_id();
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < S::kThreadRows; ++i) {
-        const int row = first_row + lane / 8 + 4 * i;
 #pragma unroll
-        for (int j = 0; j < S::kChunks * 4; ++j) {
-            const int column = j / 4 * 32 + lane % 8 * 4 + j % 4;
-            if (row < head.rows && column < head.width) {
-                store_float(const_cast<void*>(head.data), head.type,
-                            head.start + row * head.token + column * head.column, total[i][j] * factor[i]);
-            }
+        for (int chunk = 0; chunk < S::kChunks; ++chunk) {
+            const float* four = total[i] + chunk * 4;
+            *reinterpret_cast<float4*>(rows + (lane / 8 + 4 * i) * S::kStride + chunk * 32 + lane % 8 * 4) =
+                float4{four[0] * factor[i], four[1] * factor[i], four[2] * factor[i], four[3] * factor[i]};
         }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < S::kWarpRows * S::kWidth; i += 32) {
+        const int row = i / S::kWidth, column = i % S::kWidth;
+        if (first + row >= head.rows || column >= head.width) continue;
+        store_float(const_cast<void*>(head.data), head.type,
+                    head.start + (first + row) * head.token + column * head.column,
+                    rows[row * S::kStride + column]);
     }
 }
 

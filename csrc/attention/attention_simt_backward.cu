@@ -105,15 +105,19 @@ __global__ void __launch_bounds__(kThreads, 2)
         factor[i] = static_cast<float>(f.scale);
         second_factor[i] = share;
     }
+    float* rows = own + warp_row * S::kStride;
+    const int first = first_row + warp_row;
     if constexpr (kKeys) {
-        store_totals<S>(simt_head(params.grad_k, f.type, params.grad_k_strides, batch, head, f.keys, f.width),
-                        first_row + warp_row, first_sum, factor);
-        store_totals<S>(simt_head(params.grad_v, f.type, params.grad_v_strides, batch, head, f.keys, f.width),
-                        first_row + warp_row, second_sum, second_factor);
+        const SimtHead grad_k =
+            simt_head(params.grad_k, f.type, params.grad_k_strides, batch, head, f.keys, f.width);
+        const SimtHead grad_v =
+            simt_head(params.grad_v, f.type, params.grad_v_strides, batch, head, f.keys, f.width);
+        store_totals<S>(rows, grad_k, first, first_sum, factor);
+        store_totals<S>(rows, grad_v, first, second_sum, second_factor);
     } else {
-        store_totals<S>(
-            simt_head(params.grad_q, f.type, params.grad_q_strides, batch, head, f.queries, f.width),
-            first_row + warp_row, first_sum, factor);
+        const SimtHead grad_q =
+            simt_head(params.grad_q, f.type, params.grad_q_strides, batch, head, f.queries, f.width);
+        store_totals<S>(rows, grad_q, first, first_sum, factor);
     }
 }
 
