@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         factor[i] = static_cast<float>(f.scale);
         second_factor[i] = share;
     }
+    __syncthreads();  // the tiles of a block without columns are loaded by now
     float* rows = own + warp_row * S::kStride;
     const int first = first_row + warp_row;
     if constexpr (kKeys) {

@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
         }
     }
+    __syncthreads();  // the queries of a block without keys are loaded by now
     const SimtHead out_head = simt_head(params.out, params.type, params.out_strides, batch,
                                         params.mean ? 0 : first_head, params.queries, params.width);
     store_totals<S>(q + warp_row * S::kStride, out_head, first_row + warp_row, out, factor);
