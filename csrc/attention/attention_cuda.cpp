@@ -1,18 +1,14 @@
 // attention on a GPU: the choice of the kernel.
 //
-//   sm_90, forward, 16    attention_forward_sm90.cu                            wgmma and the copy engine
-//   bits, width <= 64,
-//   keys of a head fit
-//   float16               attention_forward.cu, attention_backward.cu          mma.sync, from sm_75 on
-//   bfloat16              the same, from sm_80 on
-//   float32 with tf32     the same, from sm_80 on
-//   float32, bfloat16 on  attention_simt_forward.cu, attention_simt_backward.cu
-//   sm_75, and what does  float32 multiply-adds, any device
-//   not fit into shared
-//   memory there
-//   width > 128, float64  meditok/ops/attention.py takes the library
+//   attention_forward_sm90.cu       wgmma and the copy engine: the forward on sm_90 in fp16 and bfloat16, width <= 64,
+//                                   no mask or causal, a head's keys in shared memory, rows of 16-byte vectors
+//   attention_forward.cu,           mma.sync: fp16 from sm_75 on; bfloat16, and float32 where tf32 is allowed, from
+//   attention_backward.cu           sm_80 on; where the tiles fit
+//   attention_simt_forward.cu,      float32 multiply-adds, on every device: strict float32, and whatever is left
+//   attention_simt_backward.cu
 //
-// Every kernel adds in one order, so all of them are deterministic and `deterministic` changes nothing.
+// Widths above 128 and float64 are the library's, see _by_kernel() of meditok/ops/attention.py. Every kernel adds in one
+// order, without atomics, so there is no other path for deterministic mode.
 
 #include "attention/attention_cuda.h"
 
