@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -73,6 +72,9 @@ def _reconstruction(record: dict) -> Iterator[str]:
     yield "</div>"
     yield f"<h3>Size</h3>{_sizes(models)}"
     natives = [{"name": model["name"]} | model["native"] for model in models]
+    if all(model["native"]["overall_micro"]["psnr"] == model["overall_micro"]["psnr"] for model in models):
+        yield "<h2>At native size</h2><p>Every picture had its model's size, so the numbers are those above.</p>"
+        return
     yield '<h2>At native size</h2><p>The fitting undone, against the source.</p><div class="tables">'
     for metric in metrics_of({"models": natives}):
         yield _table(metric, natives)
@@ -85,7 +87,7 @@ def _table(metric: str, models: list[dict]) -> str:
     rows = []
     for entries in zip(*(lines_of(model) for model in models), strict=True):
         label, first = entries[0]
-        if first.get("groups") is not None and metric not in first:
+        if metric not in first:
             continue
         values = [entry.get(metric) for _, entry in entries]
         best = _best(metric, values) if len(models) > 1 else None
@@ -95,7 +97,8 @@ def _table(metric: str, models: list[dict]) -> str:
             for value, (_, entry) in zip(values, entries, strict=True)
         )
         kind = "mean" if label in (MACRO, MICRO) else "" if first["counted"] else "out"
-        rows.append(f"<tr class='{kind}'><td>{escape(label.rstrip(' *'))}</td><td>{first['n']}</td>{cells}</tr>")
+        defined = first["n"] - first.get("undefined", {}).get(metric, 0)
+        rows.append(f"<tr class='{kind}'><td>{escape(label.rstrip(' *'))}</td><td>{defined}</td>{cells}</tr>")
     title = escape(TITLES.get(metric, metric))
     head = f"<thead><tr><th>{title}</th><th>images</th>{heads}</tr></thead>"
     return f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
@@ -117,11 +120,13 @@ def _plain(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _sizes(models: list[dict]) -> str:
-    rows = []
-    for model in models:
-        over = f"{model['over_budget']} over the budget" if model.get("over_budget") else ""
-        rows.append([model["name"], f"{model['bytes_mean']:.0f}", f"{model['image_size']} px", over])
-    return _plain(["", "bytes a picture", "at", ""], rows)
+    rows = [
+        [model["name"], f"{model['bytes_mean']:.0f}", str(model.get("over_budget", "")), f"{model['image_size']} px"]
+        + ([f"{model['fid']:.2f}" if "fid" in model else ""] if any("fid" in each for each in models) else [])
+        for model in models
+    ]
+    heads = ["", "bytes a picture", "pictures over the budget", "at", "FID"]
+    return _plain(heads[: len(rows[0])], rows)
 
 
 # ---- codebooks ---------------------------------------------------------------------------------------------
@@ -270,9 +275,15 @@ def _protocol(record: dict) -> Iterator[str]:
     yield "<h2>Protocol</h2><dl>"
     for key, value in record["protocol"].items():
         if value is not None:
-            text = value if isinstance(value, str) else json.dumps(value)
-            yield f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(text)}</dd>"
+            yield f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_fact(value))}</dd>"
     for model in record["models"]:
         facts = {k: v for k, v in model.items() if isinstance(v, (str, int, float)) and k != "name"}
-        yield f"<dt>{escape(model['name'])}</dt><dd>{escape(json.dumps(facts))}</dd>"
+        yield f"<dt>{escape(model['name'])}</dt><dd>{escape(_fact(facts))}</dd>"
     yield "</dl>"
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, dict):
+        told = ((k, "yes" if v is True else v) for k, v in value.items() if v is not None and v is not False)
+        return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in told)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

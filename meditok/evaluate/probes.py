@@ -125,7 +125,7 @@ def usable(labels: Sequence[str | None], groups: Sequence[str]) -> list[int]:
 def divide(y: np.ndarray, groups: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(training, test) indices of each fold; no group is in both."""
     selection = require("sklearn.model_selection", "probes")
-    folds = min(FOLDS, len(set(groups)))
+    folds = min(FOLDS, len(set(groups)), int(np.bincount(y).max()))
     splitter = selection.StratifiedGroupKFold(folds, shuffle=True, random_state=SEED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes of fewer images than folds are allowed here
@@ -153,7 +153,8 @@ class Scorer:
     def _fit(self, x: np.ndarray, make, components: int) -> dict:
         found = []
         for train, test in self.folds:
-            model = _after_pca(make(len(train)), min(components, len(train), x.shape[1]))
+            parts = min(components, len(train), x.shape[1])
+            model = _after_pca(make(len(train)), parts) if parts else _scaled(make(len(train)))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a solver that stops at its limit is still a classifier
                 found.append(model.fit(x[train], self.y[train]).predict(x[test]))
@@ -172,8 +173,7 @@ class Scorer:
 
 
 def _linear(_: int):
-    linear = require("sklearn.linear_model", "probes")
-    return _scaled(linear.LogisticRegression(max_iter=1000))
+    return require("sklearn.linear_model", "probes").LogisticRegression(max_iter=1000)
 
 
 def _neighbours(samples: int):
@@ -187,8 +187,7 @@ def _scaled(classifier):
 
 
 def _after_pca(classifier, components: int):
-    if not components:
-        return classifier
+    """The components keep their sizes: scaled alike, the last of them would drown the first in noise."""
     pipeline, reduce = require("sklearn.pipeline", "probes"), require("sklearn.decomposition", "probes")
     return pipeline.make_pipeline(reduce.PCA(components, random_state=SEED), classifier)
 

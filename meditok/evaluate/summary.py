@@ -73,6 +73,13 @@ def summarise(
         sums, counts = (sum(drawn[name][metric][part] for name in entries) for part in (0, 1))
         several = any(entry["groups"] > 1 for entry in entries.values())
         micro_intervals[metric] = _interval(sums, counts, how) if several else None
+        counts_missing = (
+            (overall, sum(entries[name]["n"] - _defined(entries[name], metric) for name in counted)),
+            (micro, int(np.isnan(each).sum())),
+        )
+        for entry, missing in counts_missing:
+            if missing:
+                entry.setdefault("undefined", {})[metric] = missing
     overall["interval"], micro["interval"] = macro_intervals, micro_intervals
     return {"overall": overall, "overall_micro": micro, "modalities": entries}
 
@@ -83,6 +90,11 @@ def mean_interval(groups: Sequence[str], values: np.ndarray, how: Bootstrap) -> 
     if len(members) < 2:
         return None
     return _interval(*_draws(index, len(members), {"": values}, how)[""], how)
+
+
+def _defined(entry: dict, metric: str) -> int:
+    """How many pictures of a modality have a value."""
+    return entry["n"] - entry.get("undefined", {}).get(metric, 0) if metric in entry else 0
 
 
 def _finite(metric: str, values: np.ndarray) -> np.ndarray:

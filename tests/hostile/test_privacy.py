@@ -31,7 +31,7 @@ def check_silent(result, out, *, terminal=False):
 
 
 def test_every_command_over_marked_files_keeps_the_marker_to_itself(forks, inputs, tmp_path):
-    """tokenize to a file, to a store, in processes and dry, inspect, reconstruct, detokenize, export, demo, doctor."""
+    """tokenize (file, store, processes, dry), inspect, reconstruct, detokenize, export, evaluate, doctor."""
     out = tmp_path / "out"
     out.mkdir()
     files, table = inputs / "in", inputs / "list" / f"{MARKER}.csv"
@@ -51,6 +51,7 @@ def test_every_command_over_marked_files_keeps_the_marker_to_itself(forks, input
         ["export", out / "store", "-o", out / "t.safetensors"],
         ["export", out / "store", "-o", out / "tars", "--to", "webdataset"],
         ["export", out / "store", "-o", out / "hf", "--to", "hf"],
+        ["evaluate", files, "--html", out / "report.html", "--perceptual", "none", *reading],
         ["doctor"],
     ]
     for number, arguments in enumerate(commands):
