@@ -69,7 +69,9 @@ if TYPE_CHECKING:
 @click.option("--template", default="A {} image", show_default=True, help="Prompt of --zero-shot; {} is the class.")
 @click.option("--retrieval", is_flag=True, help="Match images and captions; needs a text-aligned model.")
 @click.option("--caption", default="caption", show_default=True, metavar="COLUMN", help="Of --retrieval.")
-@click.option("--html", metavar="FILE", help="Write a page with tables, charts and the worst pictures.")
+@click.option(
+    "--html", metavar="FILE", callback=opt.report_file, help="Write a page with tables, charts and the worst pictures."
+)
 @click.option("--gallery", type=click.IntRange(0), default=3, show_default=True, help="Pictures a modality on it.")
 @opt.computing
 @opt.reading

@@ -28,9 +28,12 @@ def _speak(name: str) -> Callable:
     return callback
 
 
-def _report(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
-    if value not in (None, "-") and (os.path.isdir(value) or not os.path.isdir(os.path.dirname(value) or ".")):
-        raise UsageError(f"--json {value}: not a file name in a folder that is there; correct the path")
+def report_file(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """A name that a report can be written to; "-" is stdout, which takes JSON only."""
+    if value is None or (value == "-" and option.name == "json_out"):
+        return value
+    if value == "-" or os.path.isdir(value) or not os.path.isdir(os.path.dirname(value) or "."):
+        raise UsageError(f"{option.opts[0]} {value}: not a file name in a folder that is there; correct the path")
     return value
 
 
@@ -170,7 +173,7 @@ speaking = _together(
         "--json",
         "json_out",
         metavar="FILE",
-        callback=_report,
+        callback=report_file,
         help="Write a report as JSON (- for stdout).",
     ),
     click.option(

@@ -104,7 +104,11 @@ def refuse_seen(sources: Iterable[Source], seen: dict[str, frozenset[str]]) -> I
     if not any(seen.values()):
         return
     for source in sources:
-        known = [name for name, theirs in seen.items() if theirs.intersection(fingerprints(source))]
+        try:
+            prints = fingerprints(source)
+        except MeditokError:
+            continue  # reading it reports that
+        known = [name for name, theirs in seen.items() if theirs.intersection(prints)]
         if known:
             names = " and ".join(known)
             yield (

@@ -51,6 +51,10 @@ class TextCollector:
     modalities: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
 
+    def __post_init__(self):
+        if "{}" not in self.template:
+            raise UsageError(f"--template {self.template!r}: has no {{}} for the class; write one")
+
     def __call__(self, row: Row, pairs) -> None:
         for codec in self.codecs:
             fitted = fit(row.image, codec.side, self.mode)[0]
@@ -83,7 +87,7 @@ class TextCollector:
         names, y = np.unique([labels[i] for i in kept], return_inverse=True)
         if len(names) < 2:
             raise BadInputError(f"--zero-shot {column}: fewer than two classes of enough images; take another column")
-        prompts = embed([self.template.format(name) for name in names]).double().cpu().numpy()
+        prompts = embed([self.template.replace("{}", name) for name in names]).double().cpu().numpy()
         right = ((x[kept] @ prompts.T).argmax(1) == y).astype(np.float64)
         return {
             "classes": len(names),

@@ -33,10 +33,10 @@ def model_dir(tmp_path_factory):
     return folder
 
 
-def write_rows(folder, rows):
+def write_rows(folder, rows, seed=0):
     """manifest.csv of rows, and a picture for each that has none: bright on the left for label "left", else right."""
     folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for number, row in enumerate(rows):
         row.setdefault("path", f"{number:03d}.png")
         pixels = random.integers(0, 60, (40, 40)).astype(np.uint8)

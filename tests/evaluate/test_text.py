@@ -82,7 +82,7 @@ def trained(tmp_path_factory):
         {"modality": "us", "split": "train", "label": ["left", "right"][i % 2], "caption": f"bright on side {i % 2}"}
         for i in range(4)
     ]
-    data = write_rows(folder / "in", rows)
+    data = write_rows(folder / "in", rows, seed=1)  # other pictures than those evaluated
     model = json.dumps(SMALL | {"embed_dim": 16})
     settings_ = [
         "--preset=tiny", f"--model={model}", f"--data={data}", "--size=32", "--steps=1", "--batch=4", "--workers=0",
@@ -104,6 +104,17 @@ def test_a_trained_pair_of_towers_is_evaluated_on_texts(evaluate, trained, pictu
     assert retrieval["image_to_text"]["chance"]["r1"] == 0.25 and retrieval["image_to_text"]["r5"] == 1
     assert math.isclose(retrieval["within_modality"]["chance"], 0.25)
     assert "Retrieval" in (tmp_path / "r.html").read_text()
+
+
+def test_what_meditok_train_was_given_is_refused(evaluate, trained):
+    """data.json beside the weights says it, whatever the manifest calls the split."""
+    data = trained.parent / "in"
+    manifest = data / "manifest.csv"
+    before = manifest.read_text()
+    manifest.write_text(before.replace(",train", ",val"))
+    code, _, err = evaluate(data, "--model", trained)
+    manifest.write_text(before)
+    assert code == 3 and "was trained on this very file" in err
 
 
 def test_the_text_tower_is_the_one_that_was_trained(trained):

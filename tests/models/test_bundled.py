@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,42 @@ def test_an_image_it_never_saw_comes_back_recognisably(tiny):
     assert psnr(x[0], tiny.reconstruct(x)[0].cpu(), 2.0) > 18
 
 
-def test_the_card_and_the_readme_show_the_recorded_measurements(tiny):
-    folder = bundled()["tiny"].parent
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["model_hash"] == tiny.hash
-    card = (folder / "README.md").read_text()
+@pytest.fixture(scope="module")
+def recorded():
+    """What `meditok evaluate` wrote of the bundled model."""
+    report = json.loads((bundled()["tiny"].parent / "metrics.json").read_text())
+    return report["models"][0]
+
+
+def test_the_card_and_the_readme_show_the_recorded_measurements(tiny, recorded):
+    assert recorded["model_hash"] == tiny.hash
+    card = (bundled()["tiny"].parent / "README.md").read_text()
     readme = Path(__file__).parents[2] / "README.md"
     for text in [card, readme.read_text()]:
-        for scores in [metrics, *(m for m in metrics["modalities"].values() if m["n"] >= 10)]:
+        for scores in [recorded["overall"], *(m for m in recorded["modalities"].values() if m["n"] >= 10)]:
             assert f"{scores['psnr']:.2f}" in text and f"{scores['ssim']:.3f}" in text
+
+
+def test_the_recorded_measurements_come_out_again_on_one_modality(recorded, tmp_path, monkeypatch):
+    """The X-rays of the held-out split through `meditok evaluate`: the card's numbers, but for rounding."""
+    if not DATA.is_dir():
+        pytest.skip("manifest.csv of the training images is not here; set MEDITOK_SHARED")
+    from meditok.cli import run
+
+    (tmp_path / "key").write_bytes(b"a key for tests")
+    (tmp_path / "key").chmod(0o600)
+    monkeypatch.setenv("MEDITOK_KEY_FILE", str(tmp_path / "key"))
+    wanted = {row["path"].split("#")[1] for row in manifest_rows(DATA / "manifest.csv", "val", publishable=False)
+              if row["modality"] == "X-ray"}  # fmt: skip
+    keys = {name.rpartition(".")[0] for name in wanted}
+    source, target = DATA / "train" / "meditok-val-000.tar", tmp_path / "xr.tar"
+    with tarfile.open(source) as whole, tarfile.open(target, "w") as part:
+        for member in whole:
+            if member.name.rpartition(".")[0] in keys:
+                part.addfile(member, whole.extractfile(member))
+    assert run(["evaluate", str(target), "--json", str(tmp_path / "r.json"), "--perceptual", "none"]) == 0
+    again = json.loads((tmp_path / "r.json").read_text())["models"][0]["modalities"]["xr"]
+    before = recorded["modalities"]["xr"]
+    assert (again["n"], again["groups"]) == (before["n"], before["groups"])
+    assert again["psnr"] == pytest.approx(before["psnr"], abs=0.05)
+    assert again["ssim"] == pytest.approx(before["ssim"], abs=0.002)
