@@ -37,7 +37,7 @@ class Codec(Protocol):
 
 
 class TokenizerCodec:
-    """A tokenizer, its ids computed independently of any batch and packed in as many bits as they need."""
+    """A tokenizer, given one picture at a time; its ids count as packed in as many bits as they need."""
 
     kind = "model"
 
@@ -50,8 +50,8 @@ class TokenizerCodec:
     def __call__(self, fitted: MedicalImage) -> Coded:
         height, width = fitted.pixels.shape[1:]
         grid = height // PATCH, width // PATCH
-        ids = self.model.tokenize(fitted.pixels[None], stable=True)
-        pixels = self.model.detokenize(ids, grid, stable=True)[0].cpu()
+        ids = self.model.tokenize(fitted.pixels[None])
+        pixels = self.model.detokenize(ids, grid)[0].cpu()
         inside = unpadded_mask(fitted.geometry, height, width, PATCH).flatten()
         used = ids[0].cpu()[:, inside]
         self.counts += torch.stack([torch.bincount(each, minlength=self.codes) for each in used])

@@ -108,7 +108,9 @@ class Evaluation:
 
     def record(self) -> dict:
         """{"protocol", "models"}: everything that a reader needs to judge, or repeat, the numbers."""
-        return {"protocol": self.protocol(), "models": self.scores.result(self.plan.bootstrap)}
+        protocol = self.protocol()
+        models = [model | {"protocol": protocol} for model in self.scores.result(self.plan.bootstrap)]  # each is whole
+        return {"protocol": protocol, "models": models}
 
     def protocol(self) -> dict:
         plan = self.plan
@@ -140,6 +142,7 @@ class Evaluation:
             "overall": f"mean over modalities with {summary.MIN_IMAGES} images and {summary.MIN_GROUPS} groups or more",
             "overall_micro": "mean over all images",
             "codebook": "ids of positions that hold a pixel of the picture",
+            "batch": "one picture at a time",
             "bootstrap": plan.bootstrap.to_dict(),
             "versions": {"meditok": __version__} | dict(versions()),
         }

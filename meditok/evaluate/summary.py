@@ -56,7 +56,7 @@ def summarise(
         undefined = {metric: int(np.isnan(each).sum()) for metric, each in mine.items() if np.isnan(each).any()}
         if undefined:
             entry["undefined"] = undefined
-        entry["interval"] = {m: _interval(*drawn[name][m], how) if len(members) > 1 else None for m in mine}
+        entry["interval"] = {m: _interval(*drawn[name][m], how) if _several(index, mine[m]) else None for m in mine}
         entries[name] = entry
     overall: dict = {"modalities": counted, "n": sum(entries[name]["n"] for name in counted)}
     micro: dict = {"n": len(modality)}
@@ -69,9 +69,10 @@ def summarise(
         micro[metric] = _mean(each)
         with np.errstate(invalid="ignore", divide="ignore"):
             means = sum(drawn[name][metric][0] / drawn[name][metric][1] for name in names)
-        macro_intervals[metric] = _interval(means, np.full(how.draws, len(names)), how) if names else None
+        spread = names and all(entries[name]["interval"][metric] for name in names)
+        macro_intervals[metric] = _interval(means, np.full(how.draws, len(names)), how) if spread else None
         sums, counts = (sum(drawn[name][metric][part] for name in entries) for part in (0, 1))
-        several = any(entry["groups"] > 1 for entry in entries.values())
+        several = any(entry["interval"].get(metric) for entry in entries.values())
         micro_intervals[metric] = _interval(sums, counts, how) if several else None
         counts_missing = (
             (overall, sum(entries[name]["n"] - _defined(entries[name], metric) for name in counted)),
@@ -82,6 +83,11 @@ def summarise(
                 entry.setdefault("undefined", {})[metric] = missing
     overall["interval"], micro["interval"] = macro_intervals, micro_intervals
     return {"overall": overall, "overall_micro": micro, "modalities": entries}
+
+
+def _several(index: np.ndarray, values: np.ndarray) -> bool:
+    """Whether at least two groups have a value."""
+    return len(np.unique(index[~np.isnan(values)])) > 1
 
 
 def mean_interval(groups: Sequence[str], values: np.ndarray, how: Bootstrap) -> list[float] | None:
