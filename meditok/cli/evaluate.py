@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 @click.option("--template", default="A {} image", show_default=True, help="Prompt of --zero-shot; {} is the class.")
 @click.option("--retrieval", is_flag=True, help="Match images and captions; needs a text-aligned model.")
 @click.option("--caption", default="caption", show_default=True, metavar="COLUMN", help="Of --retrieval.")
+@click.option("--text-weights", default="", metavar="FILE", help="Of a text tower that no package ships.")
 @click.option(
     "--html", metavar="FILE", callback=opt.report_file, help="Write a page with tables, charts and the worst pictures."
 )
@@ -188,8 +189,9 @@ def _models(options: dict, size: int | None) -> tuple[list[TokenizerCodec], dict
 
     names = list(dict.fromkeys(options["models"]))
     loaded = [load_model(name, options["device"], options["precision"]) for name in names]
-    codecs = name_apart([TokenizerCodec(model, size, source=name) for name, model in zip(names, loaded, strict=True)])
-    return codecs, {codec.name: frozenset(data_record(codec.source).get("files", ())) for codec in codecs}
+    codecs = name_apart([TokenizerCodec(model, size) for model in loaded])
+    seen = (frozenset(data_record(name).get("files", ())) for name in names)
+    return codecs, dict(zip((codec.name for codec in codecs), seen, strict=True))
 
 
 def _baselines(options: dict, first: TokenizerCodec, held: HeldOut, plan: Plan) -> list:
@@ -235,11 +237,11 @@ def _collectors(options: dict, models: list[TokenizerCodec], plan: Plan) -> tupl
     texts: TextCollector | None = None
     if options["zero_shot"] or options["retrieval"]:
         from ..evaluate.text import TextCollector
-        from ..evaluate.towers import text_side
 
-        towers = {codec.name: text_side(codec.model, codec.source) for codec in models}
+        for codec in models:
+            codec.model.text_weights = options["text_weights"]
         caption = options["caption"] if options["retrieval"] else None
-        texts = TextCollector(models, towers, options["zero_shot"], caption, options["template"], mode, plan.group)
+        texts = TextCollector(models, options["zero_shot"], caption, options["template"], mode, plan.group)
     return probes, texts
 
 

@@ -41,9 +41,8 @@ class TokenizerCodec:
 
     kind = "model"
 
-    def __init__(self, model: Tokenizer, side: int | None = None, source: str = ""):
+    def __init__(self, model: Tokenizer, side: int | None = None):
         self.model, self.name, self.side = model, model.config.name, side or model.config.image_size
-        self.source = source  # what it was loaded as; for reading on beside it, never told
         self.codebooks, self.codes = model.codebook.shape[:2]
         self.counts = torch.zeros(self.codebooks, self.codes, dtype=torch.int64)
 

@@ -35,10 +35,12 @@ Embed = Callable[[list[str]], torch.Tensor]  # B texts -> (B, E) unit vectors
 
 @dataclass
 class TextCollector:
-    """Watches an evaluation and keeps embeddings, captions, labels and what the histogram probe sees."""
+    """Watches an evaluation and keeps embeddings, captions, labels and what the histogram probe sees.
+
+    MissingPartError: a model was not aligned with texts, or its text tower is not here.
+    """
 
     codecs: Sequence[TokenizerCodec]
-    towers: dict[str, Embed]  # of each model
     zero_shot: Sequence[str] = ()  # columns whose values are the classes
     caption: str | None = None  # column of the captions
     template: str = TEMPLATE
@@ -54,6 +56,8 @@ class TextCollector:
     def __post_init__(self):
         if "{}" not in self.template:
             raise UsageError(f"--template {self.template!r}: has no {{}} for the class; write one")
+        for codec in self.codecs:  # before any picture is read
+            codec.model.embed_text([self.template])
 
     def __call__(self, row: Row, pairs) -> None:
         for codec in self.codecs:
@@ -73,7 +77,7 @@ class TextCollector:
         """{model: {"zero_shot": {column: ...}, "retrieval": ...}}, each part where it was asked for."""
         found: dict[str, dict] = {}
         for codec in self.codecs:
-            x, embed, record = np.stack(self.embeddings[codec.name]), self.towers[codec.name], {}
+            x, embed, record = np.stack(self.embeddings[codec.name]), codec.model.embed_text, {}
             if self.zero_shot:
                 record["zero_shot"] = {column: self._zero_shot(column, x, embed, how) for column in self.zero_shot}
             if self.caption:
