@@ -251,11 +251,21 @@ def _gallery(gallery: dict[str, list[Shown]], names: list[str]) -> Iterator[str]
     for modality, cases in gallery.items():
         yield f"<h3>{escape(modality)}</h3>"
         for case in cases:
-            yield f'<div class="id">{escape(case.id)}</div><div class="case">{_figure(case.original, "original")}'
-            for name, other, difference, scores in zip(names, case.others, case.differences, case.scores, strict=True):
-                told = f"{name}: {shown('psnr', scores['psnr'])} dB, SSIM {shown('ssim', scores['ssim'])}"
-                yield _figure(other, told) + _figure(difference, f"{name}: difference × {MAGNIFIED}")
-            yield "</div>"
+            yield f'<div class="id">{escape(case.id)}</div>{_case(case, names)}'
+
+
+def _case(case: Shown, names: list[str]) -> str:
+    """One row for one codec; for several, what came back in a row and the differences below."""
+    told = [
+        f"{name}: {shown('psnr', scores['psnr'])} dB, SSIM {shown('ssim', scores['ssim'])}"
+        for name, scores in zip(names, case.scores, strict=True)
+    ]
+    others = [_figure(*pair) for pair in zip(case.others, told, strict=True)]
+    changed = [f"{name}: difference × {MAGNIFIED}" for name in names]
+    differences = [_figure(*pair) for pair in zip(case.differences, changed, strict=True)]
+    gap, columns = ([], 3) if len(names) == 1 else (["<div></div>"], 1 + len(names))
+    figures = [_figure(case.original, "original"), *others, *gap, *differences]
+    return f'<div class="case" style="--columns:{columns}">{"".join(figures)}</div>'
 
 
 def _figure(pixels: np.ndarray, caption: str) -> str:
