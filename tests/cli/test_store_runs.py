@@ -1,8 +1,10 @@
 """Stores: shared work, interruptions, --overwrite, locks, full disks. Every way to one result gives the same bytes."""
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,11 +57,10 @@ def launch(quick_model):
     """launch(*arguments) -> a started `python -m meditok tokenize` of the quick model."""
     root = str(Path(meditok.__file__).parents[1])
 
-    def start(*arguments, limit=None):
+    def start(*arguments, limit=None, stderr=subprocess.PIPE, **environment):
         command = [sys.executable, "-m", "meditok", "tokenize", *map(str, arguments), "--model", quick_model]
-        return subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.PIPE, text=True, preexec_fn=limit
-        )
+        environment = os.environ | {"PYTHONPATH": root} | environment
+        return subprocess.Popen(command, env=environment, stderr=stderr, text=True, preexec_fn=limit)
 
     return start
 
@@ -256,6 +257,22 @@ def test_a_swap_cut_at_any_step_is_finished_by_the_next_run(cli, many, tmp_path,
         if steps == cut:
             break
     assert steps == len(contents(tmp_path / "new"))
+
+
+def test_a_terminal_is_shown_images_a_second_and_the_time_left(many, tmp_path, launch):
+    (many / "07x.png").unlink()
+    for index in range(40):
+        shutil.copy(many / "00.png", many / f"{index:03d}-again.png")
+    leader, follower = os.openpty()
+    arguments = [many, *SHARDS, "--workers", 0, "-o", tmp_path / "store"]
+    running = launch(*arguments, stderr=follower, COLUMNS="160", TERM="xterm")
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while data := os.read(leader, 65536):
+            shown += data
+    os.close(leader)
+    assert running.wait() == 0 and re.search(rb"tokenising.* 65/65 .*\d:\d\d:\d\d.*\d\.\d/s", shown), shown[-2000:]
 
 
 def test_two_runs_on_one_store_are_a_usage_error_in_one_line(cli, many, tmp_path, patch_model):
