@@ -272,7 +272,7 @@ def test_a_terminal_is_shown_images_a_second_and_the_time_left(many, tmp_path, l
         while data := os.read(leader, 65536):
             shown += data
     os.close(leader)
-    assert running.wait() == 0 and re.search(rb"tokenising.* 65/65 .*\d:\d\d:\d\d.*\d\.\d/s", shown), shown[-2000:]
+    assert running.wait() == 0 and re.search(rb"tokenising.*65/65.*\d:\d\d:\d\d.*\d\.\d/s", shown), shown[-2000:]
 
 
 def test_two_runs_on_one_store_are_a_usage_error_in_one_line(cli, many, tmp_path, patch_model):
