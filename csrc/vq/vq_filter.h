@@ -9,9 +9,10 @@
 //   - for cosine the bias is 0 and R <= 1, so the R^2/2 only loosens the bound;
 //   - the canonical score itself is off by (C + 2) 2^-53 X R (cosine) or (C + 2) 2^-53 (X + R)^2 (l2, of s).
 // Together, with room for the rounding of the bound itself (1.01 covers C <= 65,536, where C u <= 0.004):
-//   |F - S| <= E(X, R) = (C + 4) (1.01 u (X R + R^2/2) + 2^-53 (X + R)^2 + 2^-140 (1 + X + R)),
-// the last term being for results below the normal range. E depends on R, so every tile has its own bound,
-// and one outlier code of norm 1e4 widens the band of its own tile only.
+//   |F - S| <= E(X, R) = (C + 4) (1.01 u (X R + R^2/2) + 2^-53 (X + R)^2 + 2^-124 (1 + X + R)),
+// the last term being for results below the normal range (2^-140 would do, but arithmetic on subnormal numbers takes
+// some processors a hundred cycles). E depends on R, so every tile has its own bound, and one outlier code of norm 1e4
+// widens the band of its own tile only.
 // Let L = max over tiles of (largest F - E). The best code has S >= L, hence F + E >= L: only such codes are
 // scored again, in float64, in rising order, the first best winning. A slack of 8u|L| absorbs the rounding of
 // L and F + E.
@@ -62,7 +63,7 @@ MEDITOK_HD inline Bound make_bound(int64_t width) {
     Bound bound;
     bound.product = static_cast<float>(terms * 6.05e-8);  // a little over 1.01 * 2^-24
     bound.square = static_cast<float>(terms * 1.1102230246251565e-16);
-    bound.tiny = static_cast<float>(terms * 7.1746481373430634e-43);  // 2^-140
+    bound.tiny = static_cast<float>(terms * 4.70197740328915e-38);  // 2^-124
     return bound;
 }
 

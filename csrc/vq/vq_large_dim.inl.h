@@ -10,24 +10,49 @@ constexpr int64_t kVectors = kTileCodes / kWidth;
 constexpr int64_t kScoreStride = kBlockTiles * kTileCodes;
 constexpr int64_t kLine = 16;  // floats in a cache line
 
-MEDITOK_INLINE void tile_product(const float* x, int64_t x_stride, const float* code, int64_t depth,
-                                 const float* start, int64_t start_stride, float* scores) {
-    Vec sum[kPanelRows][kVectors];
-#pragma GCC unroll 16
-    for (int64_t row = 0; row < kPanelRows; ++row) {
+using Sums = Vec[kPanelRows][kVectors];
+
+// One column: the shorter side of the tile is held in registers beside the sums, the longer one passes by.
+MEDITOK_INLINE void tile_column(const float* x, int64_t x_stride, const float* code, Sums& sum) {
+    if constexpr (kVectors < kPanelRows) {
+        Vec element[kVectors];
 #pragma GCC unroll 8
-        for (int64_t v = 0; v < kVectors; ++v) sum[row][v] = load(start + row * start_stride + v * kWidth);
-    }
-    for (int64_t column = 0; column < depth; ++column, code += kTileCodes) {
+        for (int64_t v = 0; v < kVectors; ++v) element[v] = load(code + v * kWidth);
+#pragma GCC unroll 16
+        for (int64_t row = 0; row < kPanelRows; ++row) {
+            const Vec scalar = fill(x[row * x_stride]);
+#pragma GCC unroll 8
+            for (int64_t v = 0; v < kVectors; ++v) sum[row][v] = fma(scalar, element[v], sum[row][v]);
+        }
+    } else {
 #pragma GCC unroll 8
         for (int64_t v = 0; v < kVectors; ++v) {
             const Vec element = load(code + v * kWidth);
 #pragma GCC unroll 16
             for (int64_t row = 0; row < kPanelRows; ++row) {
-                sum[row][v] = fma(fill(x[row * x_stride + column]), element, sum[row][v]);
+                sum[row][v] = fma(fill(x[row * x_stride]), element, sum[row][v]);
             }
         }
     }
+}
+
+// Meanwhile lines of `next` go into the second-level cache, one every four columns: more at once would hold up the
+// loads.
+MEDITOK_INLINE void tile_product(const float* x, int64_t x_stride, const float* code, int64_t depth,
+                                 const float* start, int64_t start_stride, const float* next, float* scores) {
+    Sums sum;
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < kPanelRows; ++row) {
+#pragma GCC unroll 8
+        for (int64_t v = 0; v < kVectors; ++v) sum[row][v] = load(start + row * start_stride + v * kWidth);
+    }
+    int64_t column = 0;
+    for (; column + 4 <= depth; column += 4, code += 4 * kTileCodes, next += kLine) {
+        __builtin_prefetch(next, 0, 2);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i) tile_column(x + column + i, x_stride, code + i * kTileCodes, sum);
+    }
+    for (; column < depth; ++column, code += kTileCodes) tile_column(x + column, x_stride, code, sum);
 #pragma GCC unroll 16
     for (int64_t row = 0; row < kPanelRows; ++row) {
 #pragma GCC unroll 8
@@ -38,20 +63,17 @@ MEDITOK_INLINE void tile_product(const float* x, int64_t x_stride, const float* 
 void product(const ProductBlock& block) {
     const int64_t pieces = (block.width + kDepth - 1) / kDepth;
     const int64_t depth = (block.width + pieces - 1) / pieces;
-    const int64_t ahead = (depth * kTileCodes / kLine + block.panels - 1) / block.panels;
     for (int64_t tile = 0; tile < block.tiles; ++tile) {
         for (int64_t first = 0; first < block.width; first += depth) {
             const int64_t count = first + depth < block.width ? depth : block.width - first;
             const float* code = block.codes + (tile * block.width + first) * kTileCodes;
             for (int64_t panel = 0; panel < block.panels; ++panel) {
                 const float* x = block.x + panel * kPanelRows * block.x_stride + first;
-                for (int64_t line = 0; line < ahead; ++line) {  // the next piece, into the second-level cache
-                    __builtin_prefetch(code + count * kTileCodes + (panel * ahead + line) * kLine, 0, 2);
-                }
                 float* scores = block.scores + panel * kPanelRows * kScoreStride + tile * kTileCodes;
                 const bool begins = first == 0;
                 tile_product(x, block.x_stride, code, count, begins ? block.bias + tile * kTileCodes : scores,
-                             begins ? 0 : kScoreStride, scores);
+                             begins ? 0 : kScoreStride,
+                             code + count * kTileCodes + panel * (depth / 4) * kLine, scores);
             }
         }
     }

@@ -30,11 +30,11 @@ MEDITOK_INLINE uint32_t at_least(Vec a, Vec b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
 }
 MEDITOK_INLINE float largest(Vec a) {
-    float lanes[16];
-    _mm512_storeu_ps(lanes, a);
-    float best = lanes[0];
-    for (int i = 1; i < 16; ++i) best = lanes[i] > best ? lanes[i] : best;
-    return best;
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(a), high);
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 
 using IVec = __m512i;
