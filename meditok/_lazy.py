@@ -12,6 +12,7 @@ _PACKAGES = {
     "PIL": "pillow",
     "torch.utils.tensorboard": "tensorboard",
     "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
     "libjpeg": "pylibjpeg-libjpeg",
     "openjpeg": "pylibjpeg-openjpeg",
     "rle": "pylibjpeg-rle",

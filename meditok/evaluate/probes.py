@@ -53,6 +53,7 @@ class Collector:
     known: set[str] = field(default_factory=lambda: set(OF_IMAGE))  # columns that were met
 
     def __post_init__(self):
+        require("sklearn", "probes")  # before any picture is read
         self._untrained = {codec.name: untrained(codec.model) for codec in self.codecs}
 
     def __call__(self, row: Row, pairs) -> None:

@@ -56,6 +56,8 @@ class TextCollector:
     def __post_init__(self):
         if "{}" not in self.template:
             raise UsageError(f"--template {self.template!r}: has no {{}} for the class; write one")
+        if self.caption:
+            require("sklearn", "retrieval")
         for codec in self.codecs:  # before any picture is read
             codec.model.embed_text([self.template])
 

@@ -75,3 +75,13 @@ def test_the_command_probes_a_column_against_three_baselines(evaluate, pictures,
 def test_a_column_that_cannot_be_probed_is_one_line(evaluate, pictures, column, code):
     got, out, err = evaluate(pictures, "--probe", column)
     assert (got, out) == (code, "") and err.rstrip().splitlines()[-1].startswith("meditok: error: --probe")
+
+
+def test_a_missing_package_is_named_before_any_picture_is_read(evaluate, pictures, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    got, out, err = evaluate(pictures, "--probe", "label")
+    assert (got, out) == (4, "") and "pip install scikit-learn" in err.rstrip().splitlines()[-1]
+    assert "ms_ssim is withheld: torchmetrics is needed" in err
