@@ -49,6 +49,8 @@ MEDITOK_INLINE Vec exp2(Vec t) {
 }
 
 // ---- memory -----------------------------------------------------------------------------------------------
+// Rows of packed projections lie a page or more apart, where the machine foresees nothing: packing asks for the rows it
+// reads next (an address past the end does no harm).
 
 // `count` elements, at most kWidth of them, followed by zeros.
 template <class T>
@@ -88,6 +90,7 @@ MEDITOK_INLINE void pack_transposed(const T* from, const AttentionStrides& strid
                 r[i] = fill(0.0f);
                 if (t0 + i >= tokens) continue;
                 const T* row = from + (t0 + i) * strides.token + c0 * strides.column;
+                __builtin_prefetch(row + smaller(Size, kWidth) * strides.token);
                 r[i] = mul(read(row, strides.column, width - c0), fill(factor));
                 check = fma(r[i], fill(0.0f), check);
             }
@@ -108,6 +111,7 @@ MEDITOK_INLINE void pack_rows(const T* from, const AttentionStrides& strides, in
     for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t c = 0; c < padded; c += kWidth) {
             const T* row = from + t * strides.token + c * strides.column;
+            __builtin_prefetch(row + 8 * strides.token);
             const Vec v = mul(read(row, strides.column, width - c), fill(factor));
             store(to + t * padded + c, v);
             check = fma(v, fill(0.0f), check);

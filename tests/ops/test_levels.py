@@ -14,6 +14,7 @@ import torch
 
 from meditok import native
 from meditok.ops import reference
+from meditok.ops._library import FLOATS
 
 from .helpers import (
     CPU_SOURCES,
@@ -129,11 +130,13 @@ def library(tmp_path_factory):
     if not (ROOT / "csrc").is_dir():
         pytest.skip("the C++ sources are not beside the tests")
     folder = tmp_path_factory.mktemp("simde")
-    names = [*CPU_SOURCES, "vq/vq_avx512", "vq/vq_avx512vnni", "vq/vq_large_dim_avx512", "vq/vq_train_rows_avx512"]
+    names = [*CPU_SOURCES, "attention/attention_scalar", "attention/attention_cpu", "attention/attention_avx512"]
+    names += ["vq/vq_avx512", "vq/vq_avx512vnni", "vq/vq_large_dim_avx512", "vq/vq_train_rows_avx512"]
     sources = [*(ROOT / "csrc" / f"{name}.cpp" for name in names), ROOT / "tests/ops/simde_assign.cpp"]
+    sources.append(ROOT / "tests/ops/simde_attention.cpp")
     objects = [folder / f"{source.stem}.o" for source in sources]
     library = folder / "libassign.so"
-    flags = "-std=c++17 -O1 -fPIC -pthread -mavx2 -mfma -ffp-contract=off -DMEDITOK_SIMDE".split()
+    flags = "-std=c++17 -O1 -fPIC -pthread -mavx2 -mfma -mf16c -ffp-contract=off -DMEDITOK_SIMDE".split()
     flags += [
         "-DMEDITOK_HAVE_AVX512",
         "-DMEDITOK_HAVE_AVX512VNNI",
@@ -148,15 +151,16 @@ def library(tmp_path_factory):
         message = process.communicate()[1]
         assert process.returncode == 0, message
     subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", library], check=True)
-    entry = ctypes.CDLL(str(library)).assign
-    entry.argtypes = [
+    loaded = ctypes.CDLL(str(library))
+    loaded.assign.argtypes = [
         ctypes.c_char_p,
         *[ctypes.c_void_p] * 2,
         *[ctypes.c_long] * 4,
         *[ctypes.c_int] * 2,
         ctypes.c_void_p,
     ]
-    return entry
+    loaded.attend.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 4, ctypes.c_int, ctypes.c_void_p]
+    return loaded
 
 
 @pytest.fixture(params=["avx512", "avx512vnni"])
@@ -169,7 +173,7 @@ def emulated(library, request):
         sizes = (*x.shape[:2], codebook.shape[1], x.shape[2])
         code = METRICS.index(metric)
         level = request.param.encode()
-        assert library(level, x.data_ptr(), codebook.data_ptr(), *sizes, code, threads, ids.data_ptr()) == 0
+        assert library.assign(level, x.data_ptr(), codebook.data_ptr(), *sizes, code, threads, ids.data_ptr()) == 0
         return ids
 
     return assign
@@ -214,3 +218,24 @@ def test_the_avx512_sources_give_the_same_ids(emulated, metric):
         expected = reference.vq_assign(x, codebook, metric=metric)
         for threads in (1, 2, 3):
             assert_same_ids(emulated(x, codebook, metric, threads), expected, "near ties")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_avx512_attention_is_right(library, dtype, causal):
+    """Result and gradients of the emulated attention around its tiles and blocks, as near as PyTorch's."""
+    for queries, keys, width in [(1, 1, 1), (13, 33, 17), (25, 12, 64), (50, 300, 24)]:
+        q, k, v, weight = (
+            randn(2, n, width, seed=i, dtype=dtype) for i, n in enumerate((queries, keys, keys, queries))
+        )
+        results = [torch.empty_like(x) for x in (q, q, k, v)]
+        addresses = (x.data_ptr() for x in (q, k, v, weight))
+        outputs = (ctypes.c_void_p * 4)(*(x.data_ptr() for x in results))
+        assert library.attend(*addresses, 2, queries, keys, width, FLOATS[dtype] + 8 * causal, outputs) == 0
+        right = [x.double().requires_grad_() for x in (q, k, v)]
+        out = reference.attention(*(x[None] for x in right), is_causal=causal)[0]
+        grads = torch.autograd.grad((out * weight.double()).sum(), right)
+        for found, expected in zip(results, (out, *grads), strict=True):
+            error = float((found.double() - expected.detach()).abs().max())
+            allowed = 16 * torch.finfo(dtype).eps * max(1.0, float(expected.detach().abs().max()))
+            assert error <= allowed, f"{queries} x {keys} x {width}: {error:.1e}"
