@@ -159,7 +159,7 @@ def machine_code(cuobjdump):
         text = cuobjdump("-sass", "-arch", architecture)
         if "Function" not in text:
             pytest.skip("nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)")
-        return dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.DOTALL))
+        return {part.split(None, 1)[0]: part for part in text.split("Function : ")[1:]}
 
     return disassemble
 
