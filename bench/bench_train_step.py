@@ -22,6 +22,7 @@ from timing import append_rows, commit, interleave, peak_memory, processor
 from torch import nn
 
 from meditok import native
+from meditok.models.files import build
 from meditok.objectives import adversarial, diffaug, reconstruction
 from meditok.train.config import TrainConfig
 from meditok.train.data import Batch
@@ -52,7 +53,7 @@ class Ours:
             nn.utils.clip_grad_norm_(module.parameters(), self.config.clip)
             self.optimizers[phase].step()
             if phase == "generator":
-                first = float(total)
+                first = total.item()
         self.task.finish_step(STEP)
         return first
 
@@ -63,7 +64,7 @@ class Plain:
     def __init__(self, config: TrainConfig, world: World):
         self.config, self.task = config, Alignment(config, world)
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-        self.model = Baseline(self.task.modules["generator"].core, half).to(world.device)
+        self.model = Baseline(build(config.preset, seed=config.seed).train(), half).to(world.device)
         modules = {"generator": self.model}
         if config.adversarial:
             modules["discriminator"] = self.task.modules["discriminator"].to(world.device)
@@ -98,7 +99,7 @@ class Plain:
             consistency = adversarial.balanced_consistency(real, real_again, fake, fake_again)
             hinge = adversarial.hinge_discriminator(real, fake)
             self._update("discriminator", hinge + config.consistency * consistency)
-        return float(total)
+        return total.item()
 
     def _update(self, phase: str, loss: torch.Tensor) -> None:
         self.optimizers[phase].zero_grad(set_to_none=True)
@@ -182,7 +183,8 @@ def main() -> None:
                 f"{case:<12}{name:<6} p20 {p20 * 1e3:7.0f}  p50 {p50 * 1e3:7.0f}  p80 {p80 * 1e3:7.0f} ms  "
                 f"{options.batch / p50:6.2f} images/s  {flops / p50 / peak:5.1%} of peak  {memory[name]:7.0f} MiB"
             )
-        print(f"{case:<12}plain / ours: {ratio:.2f} in time, {memory['plain'] / memory['ours']:.2f} in memory")
+        held = memory["plain"] / max(memory["ours"], 0.1)
+        print(f"{case:<12}plain / ours: {ratio:.2f} in time, {held:.2f} in memory")
     print(f"rows appended to {append_rows('train_step', rows)}")
 
 

@@ -45,7 +45,8 @@ def start(
         if world.first:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / CONFIG_FILE, _as_json(config, items))
-            write_text(out / DATA_FILE, json.dumps(data_record(items)) + "\n")
+            if not ((out / DATA_FILE).exists() and checkpoint.existing(out)):  # it reads every file once
+                write_text(out / DATA_FILE, json.dumps(data_record(items)) + "\n")
         told = trackers(out, config) if world.first else []
         shown = held_out(items, config, SHEET_IMAGES)
 

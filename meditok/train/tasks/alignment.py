@@ -237,7 +237,7 @@ class Alignment:
 
     def _generator(self, generator: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         config, images = self.config, batch.images
-        target = self.teacher(images if config.target == "image" else batch.captions) if self.teacher else None
+        target = self._target(batch) if self.teacher else None
         out, target, scale = generator(images, target)
         r = out.reconstruction
         self.usage = float(out.usage)
@@ -261,6 +261,14 @@ class Alignment:
             if ramp:
                 terms["adversarial"] = ramp * config.adversarial * self._fool(r, likelihood, batch, step)
         return terms
+
+    def _target(self, batch: Batch) -> Tensor:
+        """The teacher's features (B, width); a caption that several images share is read once."""
+        if self.config.target == "image":
+            return self.teacher(batch.images)
+        captions = list(dict.fromkeys(batch.captions))
+        place = {caption: index for index, caption in enumerate(captions)}
+        return self.teacher(captions)[[place[caption] for caption in batch.captions]]
 
     def _fool(self, r: Tensor, likelihood: Tensor, batch: Batch, step: int) -> Tensor:
         """The adversarial term with its adaptive weight; the discriminator itself takes no gradient from it."""
