@@ -39,6 +39,10 @@ def _attention_backward(grad_shape, q_shape, k_shape, *_, **__) -> int:
     return 10 * math.prod(q_shape) * k_shape[2]
 
 
+def _attention_qkv_backward(grad_shape, qkv_shape, *_, **__) -> int:
+    return 10 * math.prod(qkv_shape) // 3 * qkv_shape[1]
+
+
 FORMULAS = {  # beside those that torch counts
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -46,6 +50,8 @@ FORMULAS = {  # beside those that torch counts
     torch.ops.meditok.vq_quantize: _search,
     torch.ops.meditok.attention: _attention,
     torch.ops.meditok.attention_qkv: _attention_qkv,
+    torch.ops.meditok.attention_backward: _attention_backward,
+    torch.ops.meditok.attention_qkv_backward: _attention_qkv_backward,
 }
 
 
