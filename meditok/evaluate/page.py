@@ -179,6 +179,9 @@ def _chart(counts: torch.Tensor) -> str:
 def _probes(record: dict) -> Iterator[str]:
     for column, result in record.get("probes", {}).items():
         yield f"<h2>Probe: {escape(column)}</h2>"
+        if "withheld" in result:
+            yield f"<p>Withheld: {escape(result['withheld'])}.</p>"
+            continue
         yield (
             f"<p>{result['classes']} classes, {result['images']} images in {result['groups']} groups, "
             f"{result['left_out']} left out; {result['folds']} folds that no group is divided by.</p>"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from .._lazy import require
 from ..bulk.reading import PATCH
 from ..data.fit import fit, unpadded_mask
-from ..errors import BadInputError, UsageError
+from ..errors import UsageError
 from .held_out import group_of
 from .summary import Bootstrap, mean_interval
 
@@ -70,7 +70,7 @@ class Collector:
     def results(self, how: Bootstrap) -> dict[str, dict]:
         """{column: {"classes", "images", "groups", "left_out", "folds", "majority", "pca", "models": {name: ...}}}.
 
-        UsageError: no picture has a label in a column. BadInputError: too few classes are left.
+        {column: {"withheld": reason}} where too few classes are left. UsageError: no picture has a label in a column.
         """
         return {column: self._result(column, how) for column in self.columns}
 
@@ -80,10 +80,7 @@ class Collector:
             raise UsageError(f"--probe {column}: no picture has it; there are: {', '.join(sorted(self.known))}")
         kept = usable(labels, self.groups)
         if len({labels[i] for i in kept}) < 2:
-            raise BadInputError(
-                f"--probe {column}: fewer than two classes of {MIN_IMAGES} images and {MIN_GROUPS} groups; "
-                "take another column, or more images"
-            )
+            return {"withheld": f"fewer than two classes of {MIN_IMAGES} images and {MIN_GROUPS} groups"}
         y = np.unique([labels[i] for i in kept], return_inverse=True)[1]
         groups = [self.groups[i] for i in kept]
         folds = divide(y, groups)

@@ -71,6 +71,9 @@ def _size(model: dict) -> str:
 
 def _probes(record: dict) -> Iterator[str]:
     for column, result in record.get("probes", {}).items():
+        if "withheld" in result:
+            yield f"probe {column}: withheld, {result['withheld']}"
+            continue
         told = [f"most frequent class {result['majority']['accuracy']:.3f}", f"pixels {_both(result['pca'])}"]
         for name, scores in result["models"].items():
             told += [f"{name} {_both(scores)}", f"{name} with random weights {_both(scores['random_encoder'])}"]

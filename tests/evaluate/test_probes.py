@@ -6,7 +6,6 @@ import json
 
 import hypothesis
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,10 +70,15 @@ def test_the_command_probes_a_column_against_three_baselines(evaluate, pictures,
     assert "left" not in json.dumps(report["probes"]).replace("left_out", "")
 
 
-@pytest.mark.parametrize(("column", "code"), [("nothing", 2), ("modality", 3)])
-def test_a_column_that_cannot_be_probed_is_one_line(evaluate, pictures, column, code):
-    got, out, err = evaluate(pictures, "--probe", column)
-    assert (got, out) == (code, "") and err.rstrip().splitlines()[-1].startswith("meditok: error: --probe")
+def test_a_column_that_no_picture_has_is_one_line(evaluate, pictures):
+    got, out, err = evaluate(pictures, "--probe", "nothing")
+    assert (got, out) == (2, "") and err.rstrip().splitlines()[-1].startswith("meditok: error: --probe")
+
+
+def test_a_column_of_too_few_classes_is_withheld_with_the_reason(evaluate, pictures, tmp_path):
+    report = report_of(evaluate, pictures, tmp_path / "r.json", "--probe", "modality", "--html", tmp_path / "r.html")
+    assert "fewer than two classes" in report["probes"]["modality"]["withheld"] and report["models"][0]["overall"]
+    assert "Withheld: fewer than two classes" in (tmp_path / "r.html").read_text()
 
 
 def test_a_missing_package_is_named_before_any_picture_is_read(evaluate, pictures, monkeypatch):
