@@ -13,7 +13,8 @@ from torch import nn
 
 from ..nn.blocks import EPS, InvertedBottleneck, LayerNorm2d, transformer
 from ..nn.upsample import Upsample
-from .config import TokenizerConfig
+from .config import PATCH, TokenizerConfig
+from .plan import in_parts
 
 
 class Stem(nn.Module):
@@ -70,6 +71,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
+        self.config = c
         # Zero and untrained in the published models, which know positions through their convolutions' padding alone.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1, c.width), requires_grad=False)
         self.patch_embed = nn.ModuleDict({"backbone": ConvStages(c)})
@@ -78,7 +80,8 @@ class Encoder(nn.Module):
         self.apply(_init_encoder)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed["backbone"](images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        x = in_parts(self.patch_embed["backbone"], images, self.config, *images.shape[2:])
         x = x.permute(0, 2, 3, 1).flatten(1, 2) + self.pos_embed
         return self.norm(self.blocks(x))
 
@@ -93,7 +96,7 @@ class PixelHead(nn.Module):
         self.conv2 = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv2(F.gelu(self.norm1(self.conv1(x))))
+        return self.conv2(self.conv1(x, self.norm1))
 
 
 class Decoder(nn.Module):
@@ -101,6 +104,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
+        self.config = c
         w2, w1 = c.decoder_widths
         d2, d1 = c.decoder_depths
         self.blocks = transformer(c.width, c.heads, c.decoder_depth, c.drop_path)
@@ -114,6 +118,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         x = self.norm(self.blocks(tokens))
         x = x.unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last memory
+        return in_parts(self.convolve, x, self.config, PATCH * grid[0], PATCH * grid[1])
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, h, w) -> (B, 3, 16h, 16w)
         return self.up_conv4(self.up_conv3(self.up_conv2(self.up_conv1(x))))
 
 
