@@ -126,11 +126,22 @@ def _stage(in_width: int, out_width: int, depth: int, resample: str, expansion: 
     return nn.Sequential(ConvBlock(in_width, out_width, resample, expansion), *rest)
 
 
+def _patches(c, layer: type[nn.Module], in_width: int, out_width: int) -> nn.ModuleDict:
+    grid = nn.Sequential(*[ConvBlock(c.width, c.width, "none", c.expansion) for _ in range(c.grid_depth)])
+    return nn.ModuleDict({"proj": layer(in_width, out_width, 16 + 2 * c.overlap, 16, c.overlap), "grid": grid})
+
+
 class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
-        (w1, w2), (d1, d2) = c.stage_widths, c.stage_depths
         self.pos_embed = nn.Parameter(torch.zeros(1, 1, c.width), requires_grad=False)
+        self.blocks = nn.Sequential(*[Block(c.width, c.heads) for _ in range(c.encoder_depth)])
+        self.norm = nn.LayerNorm(c.width, eps=1e-6)
+        backbone = _patches(c, nn.Conv2d, 3, c.width) if c.ends == "patches" else self._stages(c)
+        self.patch_embed = nn.ModuleDict({"backbone": backbone})
+
+    def _stages(self, c) -> nn.ModuleDict:
+        (w1, w2), (d1, d2) = c.stage_widths, c.stage_depths
         stem = nn.ModuleDict(
             {
                 "conv1": nn.Conv2d(3, c.stem_width, 3, 2, 1),
@@ -140,16 +151,16 @@ class Encoder(nn.Module):
         )
         stages = (_stage(c.stem_width, w1, d1, "down", c.expansion), _stage(w1, w2, d2, "down", c.expansion))
         pool = nn.ModuleDict({"norm": Norm2d(w2), "proj": nn.Conv2d(w2, c.width, 3, 2, 1)})
-        backbone = nn.ModuleDict({"stem": stem, "stages": nn.Sequential(*stages), "pool": pool})
-        self.patch_embed = nn.ModuleDict({"backbone": backbone})
-        self.blocks = nn.Sequential(*[Block(c.width, c.heads) for _ in range(c.encoder_depth)])
-        self.norm = nn.LayerNorm(c.width, eps=1e-6)
+        return nn.ModuleDict({"stem": stem, "stages": nn.Sequential(*stages), "pool": pool})
 
     def convolve(self, x):  # (B, 3, H, W) -> (B, N, C)
         backbone = self.patch_embed["backbone"]
-        stem, pool = backbone["stem"], backbone["pool"]
-        x = stem["conv2"](F.gelu(stem["norm1"](stem["conv1"](x))))
-        x = pool["proj"](pool["norm"](backbone["stages"](x)))
+        if "stem" in backbone:
+            stem, pool = backbone["stem"], backbone["pool"]
+            x = stem["conv2"](F.gelu(stem["norm1"](stem["conv1"](x))))
+            x = pool["proj"](pool["norm"](backbone["stages"](x)))
+        else:
+            x = backbone["grid"](backbone["proj"](x))
         return x.flatten(2).transpose(1, 2) + self.pos_embed
 
     def forward(self, x):
@@ -159,8 +170,11 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
-        (w2, w1), (d2, d1) = c.decoder_widths, c.decoder_depths
         self.blocks = nn.Sequential(*[Block(c.width, c.heads) for _ in range(c.decoder_depth)])
+        if c.ends == "patches":
+            self.norm, self.pixels = nn.Identity(), _patches(c, nn.ConvTranspose2d, c.width, 3)
+            return
+        (w2, w1), (d2, d1) = c.decoder_widths, c.decoder_depths
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
         self.up_conv1 = Upsample(c.width, w2)
         self.up_conv2 = _stage(w2, w2, d2, "up", c.expansion)
@@ -172,6 +186,8 @@ class Decoder(nn.Module):
     def convolve(self, x):  # (B, N, C) -> (B, 3, H, W), N a square
         side = math.isqrt(x.shape[1])
         x = x.transpose(1, 2).reshape(x.shape[0], -1, side, side)
+        if hasattr(self, "pixels"):
+            return self.pixels["proj"](self.pixels["grid"](x))
         x = self.up_conv3(self.up_conv2(self.up_conv1(x)))
         head = self.up_conv4
         return head["conv2"](F.gelu(head["norm1"](head["conv1"](x))))

@@ -10,17 +10,15 @@ torch's own matrix product, memory peak, and how many times faster ours is. --pa
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from baseline_model import Baseline
 from timing import append_rows, commit, interleave, measured_gemm, peak_memory, processor, write_json
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 import meditok
-import meditok.ops.convolution  # registers the ops whose multiplications are counted
 from meditok import native
 
 COLUMNS = (
@@ -158,10 +156,11 @@ def parts(model, batch: int, options) -> list[dict]:
     z = base.quantizer.lookup(ids)
     post = base.post_quant_proj(z)
     deep = base.decoder.norm(base.decoder.blocks(post))
-    maps, stages = [deep.transpose(1, 2).unflatten(2, grid)], ("up_conv1", "up_conv2", "up_conv3")
+    maps, ours, cl = [deep.transpose(1, 2).unflatten(2, grid)], model.decoder, torch.channels_last
+    patches = model.config.ends == "patches"
+    stages = () if patches else ("up_conv1", "up_conv2", "up_conv3")
     for name in stages:
         maps.append(getattr(base.decoder, name)(maps[-1]))
-    head, ours, cl = base.decoder.up_conv4, model.decoder, torch.channels_last
     pairs = {
         "encoder convolutions": (lambda: model.encoder.patch_embed["backbone"](x), lambda: base.encoder.convolve(x)),
         "encoder blocks": (lambda: model.encoder.blocks(convolved), lambda: base.encoder.blocks(convolved)),
@@ -177,10 +176,14 @@ def parts(model, batch: int, options) -> list[dict]:
             lambda name=name, value=value: getattr(base.decoder, name)(value),
         )
     last = maps[-1].contiguous(memory_format=cl)
-    pairs["up_conv4"] = (
-        lambda: ours.up_conv4(last),
-        lambda: head["conv2"](F.gelu(head["norm1"](head["conv1"](maps[-1])))),
-    )
+    if patches:
+        pairs["pixels"] = lambda: ours.pixels(last), lambda: base.decoder.convolve(deep)
+    else:
+        head = base.decoder.up_conv4
+        pairs["up_conv4"] = (
+            lambda: ours.up_conv4(last),
+            lambda: head["conv2"](F.gelu(head["norm1"](head["conv1"](maps[-1])))),
+        )
     candidates = {
         (name, who): run for name, pair in pairs.items() for who, run in zip(("ours", "published"), pair, strict=True)
     }
@@ -194,16 +197,6 @@ def parts(model, batch: int, options) -> list[dict]:
             row["faster"] = f"fp32:{times[name, 'published'][1] / p50:.2f}"
         rows.append(row)
     return rows
-
-
-@register_flop_formula(torch.ops.meditok.linear)
-def _linear_flop(x, weight, bias, residual, gate, *_, out_shape=None) -> int:
-    return 2 * math.prod(x) * weight[0] * (1 if gate is None else 2)
-
-
-@register_flop_formula(torch.ops.meditok.depthwise_gelu)
-def _depthwise_flop(*_, out_shape=None) -> int:
-    return 2 * 9 * math.prod(out_shape)
 
 
 def figures(batch: int, p20: float, p50: float, p80: float, run: Callable[[], object], device: str) -> dict:

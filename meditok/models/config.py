@@ -26,6 +26,9 @@ class TokenizerConfig:
     decoder_widths: tuple[int, int] = (320, 160)
     decoder_depths: tuple[int, int] = (4, 2)
     expansion: int = 4  # hidden width of the convolution blocks over their output width
+    ends: str = "stages"  # from pixels and back: ViTamin's convolution stages | patches (models/patches.py)
+    overlap: int = 0  # patches: pixels that the linear map reaches beyond its patch on each side
+    grid_depth: int = 0  # patches: convolution blocks on the token grid at each end
     num_codebooks: int = 8
     codebook_size: int = 4096
     code_dim: int = 8
@@ -46,6 +49,11 @@ class TokenizerConfig:
             raise BadInputError(
                 f"model description {self.name}: projection={self.projection!r}, "
                 f"attention={self.attention!r}; expected attention|linear and causal|full"
+            )
+        if self.ends not in ("stages", "patches") or not 0 <= self.overlap <= PATCH // 2:
+            raise BadInputError(
+                f"model description {self.name}: ends={self.ends!r}, overlap={self.overlap}; "
+                f"expected stages|patches and 0 to {PATCH // 2} pixels"
             )
         if self.image_size < PATCH or self.image_size % PATCH:
             raise BadInputError(
@@ -102,15 +110,13 @@ PRESETS = {
     "vitamin-large": TokenizerConfig("vitamin-large"),
     "tiny": TokenizerConfig(
         "tiny",
-        stem_width=24,
-        stage_widths=(24, 48),
-        stage_depths=(1, 2),
-        width=192,
-        encoder_depth=3,
-        decoder_depth=4,
-        decoder_widths=(64, 24),
-        decoder_depths=(2, 1),
-        expansion=2,
+        width=256,
+        encoder_depth=1,
+        decoder_depth=3,
+        expansion=3,
+        ends="patches",
+        overlap=4,
+        grid_depth=1,
         embed_dim=0,
         licence="Apache-2.0",
     ),

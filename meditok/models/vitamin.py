@@ -13,8 +13,8 @@ from torch import nn
 
 from ..nn.blocks import EPS, InvertedBottleneck, LayerNorm2d, transformer
 from ..nn.upsample import Upsample
-from .config import PATCH, TokenizerConfig
-from .plan import in_parts
+from .config import TokenizerConfig
+from .patches import Patches, PatchesBack
 
 
 class Stem(nn.Module):
@@ -71,17 +71,15 @@ class Encoder(nn.Module):
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
-        self.config = c
         # Zero and untrained in the published models, which know positions through their convolutions' padding alone.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1, c.width), requires_grad=False)
-        self.patch_embed = nn.ModuleDict({"backbone": ConvStages(c)})
+        self.patch_embed = nn.ModuleDict({"backbone": ConvStages(c) if c.ends == "stages" else Patches(c)})
         self.blocks = transformer(c.width, c.heads, c.encoder_depth, c.drop_path)
         self.norm = nn.LayerNorm(c.width, eps=EPS)
         self.apply(_init_encoder)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)
-        x = in_parts(self.patch_embed["backbone"], images, self.config, *images.shape[2:])
+        x = self.patch_embed["backbone"](images.contiguous(memory_format=torch.channels_last))
         x = x.permute(0, 2, 3, 1).flatten(1, 2) + self.pos_embed
         return self.norm(self.blocks(x))
 
@@ -96,7 +94,7 @@ class PixelHead(nn.Module):
         self.conv2 = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv2(self.conv1(x, self.norm1))
+        return self.conv2(F.gelu(self.norm1(self.conv1(x))))
 
 
 class Decoder(nn.Module):
@@ -104,24 +102,36 @@ class Decoder(nn.Module):
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
-        self.config = c
-        w2, w1 = c.decoder_widths
-        d2, d1 = c.decoder_depths
         self.blocks = transformer(c.width, c.heads, c.decoder_depth, c.drop_path)
-        self.norm = nn.LayerNorm(c.width, eps=EPS)
-        self.up_conv1 = Upsample(c.width, w2)
-        self.up_conv2 = _stage(w2, w2, d2, "up", c.expansion)
-        self.up_conv3 = _stage(w2, w1, d1, "up", c.expansion)
-        self.up_conv4 = PixelHead(w1)
+        self.ends = c.ends
+        if c.ends == "patches":  # no norm: a patch's pixels are linear in what the blocks sum up
+            self.pixels = PatchesBack(c)
+        else:
+            w2, w1 = c.decoder_widths
+            d2, d1 = c.decoder_depths
+            self.norm = nn.LayerNorm(c.width, eps=EPS)
+            self.up_conv1 = Upsample(c.width, w2)
+            self.up_conv2 = _stage(w2, w2, d2, "up", c.expansion)
+            self.up_conv3 = _stage(w2, w1, d1, "up", c.expansion)
+            self.up_conv4 = PixelHead(w1)
         self.apply(init_weights)
 
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        x = self.norm(self.blocks(tokens))
-        x = x.unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last memory
-        return in_parts(self.convolve, x, self.config, PATCH * grid[0], PATCH * grid[1])
-
-    def convolve(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, h, w) -> (B, 3, 16h, 16w)
+        x = self.blocks(tokens)
+        if self.ends == "patches":
+            return self.pixels(x.unflatten(1, grid).permute(0, 3, 1, 2))
+        x = self.norm(x).unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last memory
         return self.up_conv4(self.up_conv3(self.up_conv2(self.up_conv1(x))))
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that makes the pixels."""
+        return self.pixels.proj if self.ends == "patches" else self.up_conv4.conv2
+
+    def convolution_blocks(self) -> list[nn.Module]:
+        if self.ends == "patches":
+            return list(self.pixels.grid)
+        return [*self.up_conv2, *self.up_conv3, self.up_conv4]
 
 
 def init_weights(module: nn.Module) -> None:

@@ -32,6 +32,7 @@ class TrainConfig:
     preset: str = "tiny"
     model: dict = dataclasses.field(default_factory=dict)  # fields of TokenizerConfig to change
     init: str = ""  # weights to start from: a model name, directory or .safetensors file
+    start: str = ""  # or pca: the transform codec of train/start.py, fitted to the first samples
     # data
     data: str = ""  # folder, manifest, tar, or several joined by commas
     include: str = ""  # pattern of the names of inputs to take, relative to theirs, e.g. "train/*"; "" takes all
@@ -45,9 +46,11 @@ class TrainConfig:
     balance: float = 0.0  # 0: every image alike; 1: every modality alike; 0.5: by the square root
     workers: int = 2  # processes that read; 0: none beside this one
     check: str = "read"  # before the first step: read every image once, or only "open" it (header and size)
+    cache: bool = False  # keep what was read in memory, in each process that reads
     # objectives
     l1: float = 0.2
     l2: float = 1.0
+    log_l2: float = 0.0  # of each image, so that easy images count as hard ones do
     perceptual: float = 1.0
     perceptual_net: str = "lpips-vgg16"  # lpips-vgg16 | stlpips-alexnet | stlpips-vgg16
     perceptual_weights: str = ""  # file of the VGG16 backbone, where the net needs one
@@ -65,10 +68,12 @@ class TrainConfig:
     target: str = "image"  # what images are aligned with: image (stage 1) | text (stage 2)
     teacher: str = "biomedclip"  # biomedclip | offline | timm:NAME | hf:NAME
     teacher_weights: str = ""
+    heads_only: bool = False  # train the alignment heads alone: tokens and reconstructions stay as they are
     codebook_update: str = "gradient"  # gradient | ema | frozen
     revive: bool = False  # move dead codes onto recent rows
     # optimiser
     lr: float = 5e-4
+    ends_lr: float = 1.0  # share of lr for the patch maps of a model with ends="patches"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-6
     weight_decay: float = 0.02
@@ -111,6 +116,8 @@ class TrainConfig:
             "drop_path": 0 <= self.drop_path < 1,
             "sharded": not (self.sharded and self.precision == "fp16"),
             "balance": 0 <= self.balance <= 1,
+            "heads_only": not self.heads_only or self.contrastive > 0,
+            "start": self.start in ("", "pca") and not (self.start and self.init),
         }
         wrong = [name for name, good in checks.items() if not good]
         if wrong:
@@ -123,7 +130,7 @@ class TrainConfig:
 
 
 # Settings that change nothing about the weights: a run may go on with others.
-FREE = ("keep", "log_every", "sheet_every", "workers", "save_every", "check", "track")
+FREE = ("keep", "log_every", "sheet_every", "workers", "save_every", "check", "track", "cache")
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 TYPES = typing.get_type_hints(TrainConfig)
 

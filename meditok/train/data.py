@@ -111,7 +111,7 @@ class _Readable(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> str:
         try:
-            read(self.items[index], np.random.default_rng(0))
+            read(self.items[index], drawn_window(self.items[index], np.random.default_rng(0)))
         except MeditokError as error:
             return str(error)
         return ""
@@ -153,16 +153,28 @@ class Samples(torch.utils.data.Dataset):
         self.items, self.config = items, config
         self.view = Augmentation(config.size, config.crop_scale, config.crop_ratio, grayscale=config.grayscale)
         self.weights = modality_weights([item.modality for item in items], config.balance)
+        self._kept: dict[tuple[int, str | None], torch.Tensor] = {}
 
     def __len__(self) -> int:
         return self.config.steps * self.config.batch
 
     def __getitem__(self, sample: int):
-        item = self.items[self.pick(sample)]
+        index = self.pick(sample)
+        item = self.items[index]
         random = np.random.default_rng((self.config.seed, 1, sample))
         generator = torch.Generator().manual_seed(int(random.integers(2**63)))
-        image = read(item, random)
+        image = self._read(index, drawn_window(item, random))
         return self.view(image, generator), item.caption, item.modality, sample
+
+    def _read(self, index: int, window: str | None) -> torch.Tensor:
+        """Pixels (3, H, W); with `cache` kept, a grey image as one channel."""
+        if not self.config.cache:
+            return read(self.items[index], window)
+        if (index, window) not in self._kept:
+            pixels = read(self.items[index], window)
+            grey = bool((pixels == pixels[:1]).all())
+            self._kept[index, window] = pixels[:1].clone() if grey else pixels
+        return self._kept[index, window].expand(3, -1, -1)
 
     def pick(self, sample: int) -> int:
         """Index of the image that sample i shows: a new permutation every pass, or a weighted draw."""
@@ -194,11 +206,17 @@ def modality_weights(modalities: Sequence[str], balance: float) -> np.ndarray | 
     return np.cumsum(weights / weights.sum())
 
 
-def read(item: Item, random: np.random.Generator) -> torch.Tensor:
-    """Pixels (3, H, W) in [-1, 1]; a CT in Hounsfield units through a window drawn as in training."""
+def drawn_window(item: Item, random: np.random.Generator) -> str | None:
+    """The window of a CT in Hounsfield units, drawn as in training; None for all else."""
+    in_units = item.source.modality == "ct" and not item.source.options.display
+    return random_ct_window(random) if in_units else None
+
+
+def read(item: Item, window: str | None) -> torch.Tensor:
+    """Pixels (3, H, W) in [-1, 1], through `window` if there is one."""
     options = item.source.options
-    if item.source.modality == "ct" and not options.display:
-        options = replace(options, window=random_ct_window(random), mixed=True)
+    if window:
+        options = replace(options, window=window, mixed=True)
     reader = replace(item.source, options=options).open()
     if hasattr(reader, "prepare"):
         reader.prepare()

@@ -152,7 +152,7 @@ def _step(run: Run, call: dict[str, nn.Module], micro: list[Batch]) -> dict[str,
                 row[name] += value.item() / len(micro)
             row["loss_total"] += total.item() / len(micro) if index == 0 else 0.0
         for group in optimizer.param_groups:
-            group["lr"] = task.learning_rate(phase, run.step)
+            group["lr"] = task.learning_rate(phase, run.step) * group.get("share", 1.0)
         scaler.unscale_(optimizer)
         if run.spread(phase):
             average_whole_gradients(module, run.world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,15 +14,28 @@ from .sharding import local
 NO_DECAY = ("norm_scale", "bn", "ln", "bias", "logit_scale")  # parts of names, as published
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, slow: Sequence[nn.Parameter] = (), share: float = 1.0
+) -> list[dict]:
     """Trained parameters in groups; vectors, scalars and the names above do not decay, codebooks do. Sharded ones are
-    in groups of their own, since one update cannot mix them with others."""
-    groups: dict[tuple[bool, bool], list] = {}
+    in groups of their own, since one update cannot mix them with others, and so are those of `slow`, which learn at
+    `share` of the rate."""
+    apart = {id(parameter) for parameter in slow}
+    groups: dict[tuple[bool, bool, bool], list] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)
-            groups.setdefault((isinstance(parameter, DTensor), not decays), []).append(parameter)
-    return [{"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay} for key in sorted(groups)]
+            groups.setdefault((isinstance(parameter, DTensor), not decays, id(parameter) in apart), []).append(
+                parameter
+            )
+    return [
+        {
+            "params": groups[key],
+            "weight_decay": 0.0 if key[1] or key[2] else weight_decay,
+            "share": share if key[2] else 1.0,
+        }
+        for key in sorted(groups)
+    ]
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, final: float) -> float:

@@ -13,11 +13,13 @@ import torch
 
 from ..atomic import atomic_path, write_text
 from ..evaluate.held_out import fingerprints
+from ..models.config import PATCH
 from ..models.files import DATA_FILE
 from . import checkpoint, distributed, loop
 from .config import TrainConfig
-from .data import Batch, Item, batches, check_items, find_items, held_out, list_hash
+from .data import Batch, Item, Samples, batches, check_items, find_items, held_out, list_hash
 from .report import write_report
+from .start import PATCHES, principal_components
 from .state import setting
 from .tasks.alignment import Alignment
 from .trackers import trackers
@@ -42,6 +44,8 @@ def start(
         world.wait()
         if config.check == "read" and not checkpoint.existing(out):
             check_items(items, config, world)
+        if config.start and not checkpoint.existing(out):
+            fit_start(task, items, config)
         if world.first:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / CONFIG_FILE, _as_json(config, items))
@@ -77,6 +81,14 @@ def start(
             modalities = Counter(item.modality for item in items)
             write_report(out, config, modalities=modalities, cards=task.cards(), setting=setting(world))
         return path
+
+
+def fit_start(task: Alignment, items: list[Item], config: TrainConfig) -> None:
+    """Weights fitted to the run's first samples: the same on every rank."""
+    samples = Samples(items, config)
+    images = [samples[i][0] for i in range(-(-PATCHES * PATCH**2 // config.size**2))]
+    torch.manual_seed(config.seed)
+    principal_components(task.modules["generator"].core, images)
 
 
 def _as_json(config: TrainConfig, items: list[Item]) -> str:

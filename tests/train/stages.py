@@ -16,8 +16,9 @@ from meditok.train import run
 from meditok.train.config import TrainConfig
 
 MODEL = dict(
-    stem_width=8, stage_widths=(8, 16), stage_depths=(1, 1), width=64, encoder_depth=1, decoder_depth=1,
-    decoder_widths=(16, 8), decoder_depths=(1, 1), num_codebooks=2, codebook_size=32, embed_dim=16,
+    ends="stages", stem_width=8, stage_widths=(8, 16), stage_depths=(1, 1), width=64, encoder_depth=1,
+    expansion=2, decoder_depth=1, decoder_widths=(16, 8), decoder_depths=(1, 1), num_codebooks=2, codebook_size=32,
+    embed_dim=16,
 )  # fmt: skip
 
 

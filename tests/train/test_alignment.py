@@ -66,6 +66,17 @@ def test_a_stage_lowers_every_loss_of_the_generator_it_can_and_writes_a_model(da
     assert page.count("data:image/png;base64,") == 1 and "perplexity_min" in page and "://" not in page
 
 
+def test_heads_alone_learn_and_leave_tokens_and_reconstructions_as_they_are(data, tmp_path):
+    meditok.build("tiny", seed=3, **stages.MODEL).save_pretrained(tmp_path / "first")
+    options = dict(target="text", contrastive=1.0, steps=30, warmup=3, adversarial=0.0, perceptual=0.0, heads_only=True)
+    rows = stages.go(tmp_path / "out", data=data, init=str(tmp_path / "first"), **options)
+    assert rows[-1]["contrastive"] < rows[0]["contrastive"]
+    first, last = (meditok.load(tmp_path / name, device="cpu") for name in ("first", "out/model.safetensors"))
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert torch.equal(first.reconstruct(x), last.reconstruct(x)) and first.codebook_hash == last.codebook_hash
+    assert not torch.equal(first.embed(x), last.embed(x))
+
+
 @pytest.mark.parametrize("target", ["image", "text"])
 def test_a_stage_killed_between_checkpoints_ends_as_one_that_was_not(data, tmp_path, target):
     options = {"data": data, "target": target, "codebook_update": "ema" if target == "text" else "gradient"}

@@ -16,9 +16,8 @@ def test_every_bundled_config_loads():
         assert isinstance(load_config(name), TrainConfig)
 
 
-@pytest.mark.parametrize("family", ["meditok", "tiny"])
-def test_the_stages_differ_only_in_what_they_align_with_and_for_how_long(family):
-    first, second = (dataclasses.asdict(load_config(f"{family}-stage{stage}")) for stage in (1, 2))
+def test_the_published_stages_differ_only_in_what_they_align_with_and_for_how_long():
+    first, second = (dataclasses.asdict(load_config(f"meditok-stage{stage}")) for stage in (1, 2))
     assert {key for key in first if first[key] != second[key]} == {"target", "contrastive", "steps"}
 
 

@@ -3,7 +3,8 @@
 Both stages are this one task; a config says what images are aligned with: the features of a frozen vision tower on the
 same image (stage 1), or those of a frozen text tower on its caption (stage 2).
 
-    generator       l1 |r - x| + l2 (r - x)^2 + perceptual + vq + g w adversarial + contrastive InfoNCE
+    generator       l1 |r - x| + l2 (r - x)^2 + log_l2 ln mean (r - x)^2 + perceptual + vq + g w adversarial
+                    + contrastive InfoNCE
     discriminator   hinge + consistency, on the reconstructions of the generator's phase
 """
 
@@ -24,6 +25,7 @@ from ...models.config import TokenizerConfig
 from ...models.discriminator import build_discriminator
 from ...models.files import build as build_model
 from ...models.files import load, model_from_state, write_model
+from ...models.patches import Patches, PatchesBack
 from ...models.precision import check_precision
 from ...models.teachers import CARDS, Card, load_text, load_vision
 from ...models.tokenizer import Tokenizer, TrainingOutput
@@ -33,6 +35,8 @@ from ..config import TrainConfig
 from ..data import Batch
 from ..distributed import World
 from ..optim import learning_rate, parameter_groups
+
+HEADS = ("logit_scale", "fc_norm.", "projection.")  # of the tokenizer, towards the shared space
 
 
 class Outputs(NamedTuple):
@@ -99,7 +103,7 @@ def drop_paths(core: Tokenizer, rate: float) -> None:
 def recompute(core: Tokenizer) -> None:
     """Keep only the inputs of each block for the backward pass, and compute the rest again there."""
     decoder = core.decoder
-    for block in (*core.encoder.blocks, *decoder.blocks, *decoder.up_conv2, *decoder.up_conv3, decoder.up_conv4):
+    for block in (*core.encoder.blocks, *decoder.blocks, *decoder.convolution_blocks()):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -122,7 +126,8 @@ class Alignment:
         core.quantizer.save_state = True
         core.quantizer.revive = config.revive
         core.quantizer.entropy_weight, core.quantizer.entropy_temperature = config.entropy, config.entropy_temperature
-        core.quantizer.codebook_update = config.codebook_update  # from here on the state is part of checkpoints
+        # From here on the state is part of checkpoints.
+        core.quantizer.codebook_update = "frozen" if config.heads_only else config.codebook_update
         drop_paths(core, config.drop_path)
         if config.checkpointing:
             recompute(core)
@@ -135,8 +140,13 @@ class Alignment:
             for part in (core.fc_norm, core.projection):
                 part.requires_grad_(False)
             core.logit_scale.requires_grad_(False)
+        if config.heads_only:
+            for name, parameter in core.named_parameters():
+                parameter.requires_grad_(name.startswith(HEADS))
         self.modules: dict[str, nn.Module] = {"generator": generator}
         self.terms: tuple[str, ...] = ("l1", "l2", "vq")
+        if config.log_l2:
+            self.terms += ("log_l2",)
         self.perceptual = None
         if config.perceptual:
             self.perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights).to(world.device)
@@ -170,7 +180,9 @@ class Alignment:
     def optimizer(self, phase: str) -> torch.optim.Optimizer:
         config = self.config
         if phase == "generator":
-            groups = parameter_groups(self.modules[phase], config.weight_decay)
+            ends = [part for part in self.modules[phase].modules() if isinstance(part, Patches | PatchesBack)]
+            slow = [p for part in ends for p in part.proj.parameters() if p.requires_grad]
+            groups = parameter_groups(self.modules[phase], config.weight_decay, slow, config.ends_lr)
             return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         groups = parameter_groups(self.modules[phase], config.disc_weight_decay)
         return torch.optim.AdamW(groups, lr=config.disc_lr, betas=config.disc_betas, eps=config.eps)
@@ -245,9 +257,14 @@ class Alignment:
             "l1": config.l1 * reconstruction.l1(r, images),
             "l2": config.l2 * reconstruction.l2(r, images),
         }
+        if config.log_l2:
+            terms["log_l2"] = config.log_l2 * reconstruction.log_l2(r, images)
         if self.perceptual:
-            # Settled at r: the network is gone through backward once, however often the sum is differentiated.
-            terms["perceptual"], _ = adversarial.settle(config.perceptual * self.perceptual(r, images), r)
+            distance = config.perceptual * self.perceptual(r, images)
+            if distance.requires_grad:  # not of images too small for it
+                # Settled at r: the network is gone through backward once, however often the sum is differentiated.
+                distance, _ = adversarial.settle(distance, r)
+            terms["perceptual"] = distance
         likelihood = torch.stack(list(terms.values())).sum()
         terms["vq"] = config.vq * out.vq_loss
         if self.teacher:
@@ -278,7 +295,7 @@ class Alignment:
         judge.requires_grad_(True)
         (likelihood_at,) = torch.autograd.grad(likelihood, r, retain_graph=True)
         loss, adversarial_at = adversarial.settle(loss, r)
-        last = self.modules["generator"].core.decoder.up_conv4.conv2.weight
+        last = self.modules["generator"].core.decoder.last_layer.weight
         weight = adversarial.adaptive_weight(r, likelihood_at, adversarial_at, last)
         self.weight = float(weight)
         return weight * loss
