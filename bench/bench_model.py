@@ -10,15 +10,17 @@ torch's own matrix product, memory peak, and how many times faster ours is. --pa
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from baseline_model import Baseline
 from timing import append_rows, commit, interleave, measured_gemm, peak_memory, processor, write_json
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import meditok
+import meditok.ops.convolution  # registers the ops whose multiplications are counted
 from meditok import native
 
 COLUMNS = (
@@ -197,6 +199,16 @@ def parts(model, batch: int, options) -> list[dict]:
             row["faster"] = f"fp32:{times[name, 'published'][1] / p50:.2f}"
         rows.append(row)
     return rows
+
+
+@register_flop_formula(torch.ops.meditok.linear)
+def _linear_flop(x, weight, bias, residual, gate, *_, out_shape=None) -> int:
+    return 2 * math.prod(x) * weight[0] * (1 if gate is None else 2)
+
+
+@register_flop_formula(torch.ops.meditok.depthwise_gelu)
+def _depthwise_flop(*_, out_shape=None) -> int:
+    return 2 * 9 * math.prod(out_shape)
 
 
 def figures(batch: int, p20: float, p50: float, p80: float, run: Callable[[], object], device: str) -> dict:

@@ -86,10 +86,12 @@ export -f build
 export out capability python
 
 if step build 200 bash -c build; then
-    step tests 120 "$python" -m pytest -q -rs -m gpu tests/ops tests/test_native.py
+    step tests 120 "$python" -m pytest -q -rs -m gpu tests/ops tests/models/test_graphs.py tests/test_native.py
     for tool in memcheck racecheck initcheck; do sanitize $tool; done
     step bench 90 "$python" bench/bench_vq.py --device cuda --only assign,worst,ops,training,large --json "$out/bench.json"
     step attention 60 "$python" bench/bench_attention.py --device cuda --only main,sizes,half --json "$out/attention.json"
     step growth 40 "$python" bench/bench_vq.py --device cuda --only growth --json "$out/growth.json"
+    step model 120 "$python" bench/bench_model.py --device cuda --model tiny vitamin-large --batch 16 --no-compiled \
+        --calls tokenize detokenize --json "$out/model.json"
 fi
 commit=$commit "$python" bench/gpu_report.py "$out"

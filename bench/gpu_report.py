@@ -53,7 +53,7 @@ def main() -> int:
         "steps": rows,
         **{
             name: json.loads(path.read_text())
-            for name in ("bench", "growth", "attention")
+            for name in ("bench", "growth", "attention", "model")
             if (path := folder / f"{name}.json").is_file()
         },
     }

@@ -10,7 +10,7 @@
 namespace meditok {
 
 // Signatures of the entries, as meditok/native.py expects them; raise both together.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 using Address = std::uintptr_t;
 
@@ -24,6 +24,10 @@ enum Entry {
     kVqUpdate,
     kAttention,
     kAttentionBackward,
+    kLinear,
+    kDepthwise,
+    kUpsampleDifferences,
+    kUpsampleGather,
     kVqPackCuda,
     kVqAssignCuda,
     kVqLookupCuda,
@@ -44,6 +48,10 @@ constexpr const char* kEntryNames[kEntries] = {"vq_pack",
                                                "vq_update",
                                                "attention",
                                                "attention_backward",
+                                               "linear",
+                                               "depthwise",
+                                               "upsample_differences",
+                                               "upsample_gather",
                                                "vq_pack_cuda",
                                                "vq_assign_cuda",
                                                "vq_lookup_cuda",
@@ -67,5 +75,6 @@ T* pointer(Address address) {
 void bind_vq(pybind11::module_& module);
 void bind_vq_train(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
+void bind_model(pybind11::module_& module);
 
 }  // namespace meditok

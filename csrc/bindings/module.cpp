@@ -71,6 +71,7 @@ PYBIND11_MODULE(_core, module) {
     bind_vq(module);
     bind_vq_train(module);
     bind_attention(module);
+    bind_model(module);
     module.def(
         "template_op",
         [](Address x, int64_t size, int64_t stride, Address out, int threads) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -14,9 +15,11 @@ from torch import nn
 
 from ..errors import MissingPartError, UsageError
 from ..nn.blocks import EPS, BottleneckBlock
+from ..nn.linear import Linear
 from ..nn.quantizer import MultiCodebookQuantizer
 from .checks import as_ids, as_images, is_described, square_grid
 from .config import PATCH, TokenizerConfig
+from .graphs import GraphCache
 from .precision import precision_scope
 from .vitamin import Decoder, Encoder, init_weights
 
@@ -52,6 +55,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.precision = "fp32"
+        self.graphs: GraphCache | None = None  # set one to replay repeated shapes on CUDA as graphs
         if config.embed_dim:
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.encoder = Encoder(config)
@@ -72,7 +76,7 @@ class Tokenizer(nn.Module):
 
     def _projection(self, in_width: int, out_width: int) -> nn.Module:
         if self.config.projection == "linear":
-            return nn.Linear(in_width, out_width)
+            return Linear(in_width, out_width)
         block = BottleneckBlock(in_width, out_width, self.config.heads, causal=self.config.attention == "causal")
         return block.apply(init_weights)
 
@@ -120,7 +124,7 @@ class Tokenizer(nn.Module):
         0..255), or values outside [-1, 1]; NonFiniteError.
         """
         images = as_images(images, self.device)
-        return self._in_chunks(lambda x: self.quantizer.assign(self._code(self._encode(x))), images, stable)
+        return self._in_chunks("tokenize", lambda x: self.quantizer.assign(self._code(self._encode(x))), images, stable)
 
     @torch.no_grad()
     def detokenize(
@@ -136,7 +140,10 @@ class Tokenizer(nn.Module):
         tokens = as_ids(tokens, self)
         grid = square_grid(tokens.shape[2], grid)
         return self._in_chunks(
-            lambda t: self._decode(self._post(self.quantizer.lookup(t)), grid).clamp(-1, 1), tokens, stable
+            f"detokenize {grid}",
+            lambda t: self._decode(self._post(self.quantizer.lookup(t)), grid).clamp(-1, 1),
+            tokens,
+            stable,
         )
 
     def reconstruct(self, images: torch.Tensor, *, stable: bool = False) -> torch.Tensor:
@@ -232,8 +239,10 @@ class Tokenizer(nn.Module):
         return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
 
     def _in_chunks(
-        self, run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, stable: bool
+        self, call: str, run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, stable: bool
     ) -> torch.Tensor:
+        if self.graphs is not None:
+            run = functools.partial(self.graphs, (call, self.precision, self._versions()), run)
         if not stable or not len(batch):
             return run(batch)
         size = STABLE_CHUNK.get(batch.device.type, 1)
@@ -265,10 +274,13 @@ class Tokenizer(nn.Module):
         """64 hex digits: SHA-256 of the codebook's float32 values. Tokens decode only with the same codebook."""
         return hashlib.sha256(_bytes(self.codebook)).hexdigest()
 
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in (*self.parameters(), self.quantizer.codebook))  # perhaps no parameter
+
     @property
     def hash(self) -> str:
         """64 hex digits: SHA-256 of every weight (no statistics, no training state) and what changes the arithmetic."""
-        versions = tuple(p._version for p in (*self.parameters(), self.quantizer.codebook))  # perhaps no parameter
+        versions = self._versions()
         if getattr(self, "_hash", (None,))[0] != versions:
             digest = hashlib.sha256(
                 json.dumps(

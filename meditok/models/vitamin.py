@@ -13,8 +13,9 @@ from torch import nn
 
 from ..nn.blocks import EPS, InvertedBottleneck, LayerNorm2d, transformer
 from ..nn.upsample import Upsample
-from .config import TokenizerConfig
+from .config import PATCH, TokenizerConfig
 from .patches import Patches, PatchesBack
+from .plan import in_parts
 
 
 class Stem(nn.Module):
@@ -71,6 +72,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
+        self.config = c
         # Zero and untrained in the published models, which know positions through their convolutions' padding alone.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1, c.width), requires_grad=False)
         self.patch_embed = nn.ModuleDict({"backbone": ConvStages(c) if c.ends == "stages" else Patches(c)})
@@ -79,7 +81,8 @@ class Encoder(nn.Module):
         self.apply(_init_encoder)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed["backbone"](images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        x = in_parts(self.patch_embed["backbone"], images, self.config, *images.shape[2:])
         x = x.permute(0, 2, 3, 1).flatten(1, 2) + self.pos_embed
         return self.norm(self.blocks(x))
 
@@ -94,7 +97,7 @@ class PixelHead(nn.Module):
         self.conv2 = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv2(F.gelu(self.norm1(self.conv1(x))))
+        return self.conv2(self.conv1(x, self.norm1))
 
 
 class Decoder(nn.Module):
@@ -102,6 +105,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: TokenizerConfig):
         super().__init__()
+        self.config = c
         self.blocks = transformer(c.width, c.heads, c.decoder_depth, c.drop_path)
         self.ends = c.ends
         if c.ends == "patches":  # no norm: a patch's pixels are linear in what the blocks sum up
@@ -121,6 +125,9 @@ class Decoder(nn.Module):
         if self.ends == "patches":
             return self.pixels(x.unflatten(1, grid).permute(0, 3, 1, 2))
         x = self.norm(x).unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last memory
+        return in_parts(self.convolve, x, self.config, PATCH * grid[0], PATCH * grid[1])
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, h, w) -> (B, 3, 16h, 16w)
         return self.up_conv4(self.up_conv3(self.up_conv2(self.up_conv1(x))))
 
     @property

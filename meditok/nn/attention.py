@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from .linear import Linear, norm_linear
 
 
 class SelfAttention(nn.Module):
@@ -18,9 +19,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # x (B, N, C)
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
-        return self.proj(ops.attention_qkv(qkv))
+    def forward(
+        self, x: torch.Tensor, norm: nn.LayerNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """proj(attention(qkv(norm(x)))) + residual, x (B, N, C)."""
+        qkv = norm_linear(x, self.qkv, norm).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
+        return norm_linear(ops.attention_qkv(qkv), self.proj, residual=residual)
 
 
 class ProjectionAttention(nn.Module):
@@ -44,11 +48,12 @@ class ProjectionAttention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(wide))
         self.v_bias = nn.Parameter(torch.zeros(wide))
         self.register_buffer("zero_k_bias", torch.zeros(wide))
-        self.proj = nn.Linear(out_width, out_width)
+        self.proj = Linear(out_width, out_width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # x (B, N, in_width)
+    def forward(self, x: torch.Tensor, norm: nn.LayerNorm | None = None) -> torch.Tensor:
+        """Of norm(x), x (B, N, in_width)."""
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
+        qkv = norm_linear(x, self.qkv, norm, bias=bias).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
         y = ops.attention_qkv(qkv, is_causal=self.causal, reduce="mean" if self.narrowing else None)
         if y.shape[-1] != self.out_width:
             y = F.adaptive_avg_pool1d(y, self.out_width)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.convolution import depthwise_gelu
 from .attention import ProjectionAttention, SelfAttention
+from .linear import Linear, norm_linear
 from .upsample import Upsample
 
 EPS = 1e-6
@@ -51,9 +53,11 @@ class GeGLU(nn.Module):
         self.w1 = nn.Linear(width, 2 * width)
         self.w2 = nn.Linear(2 * width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # x (B, N, C)
-        y = self.norm(x)
-        return self.w2(F.gelu(self.w0(y), approximate="tanh") * self.w1(y))
+    def forward(
+        self, x: torch.Tensor, norm: nn.LayerNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of norm(x), plus the residual; x (B, N, C)."""
+        return norm_linear(norm_linear(x, self.w0, norm, self.norm, gate=self.w1), self.w2, residual=residual)
 
 
 class TransformerBlock(nn.Module):
@@ -68,8 +72,11 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x (B, N, C)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.training and self.drop_path.rate:
+            x = x + self.drop_path(self.attn(x, self.norm1))
+            return x + self.drop_path(self.mlp(x, self.norm2))
+        x = self.attn(x, self.norm1, residual=x)
+        return self.mlp(x, self.norm2, residual=x)
 
 
 def transformer(width: int, heads: int, depth: int, drop_path: float) -> nn.Sequential:
@@ -85,14 +92,14 @@ class BottleneckBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(in_width, eps=BOTTLENECK_EPS)
         self.attn = ProjectionAttention(in_width, out_width, heads, causal)
-        self.proj = nn.Linear(in_width, out_width)
+        self.proj = Linear(in_width, out_width)
         self.norm3 = nn.LayerNorm(in_width, eps=BOTTLENECK_EPS)
         self.norm2 = nn.LayerNorm(out_width, eps=BOTTLENECK_EPS)
         self.mlp = GeGLU(out_width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x (B, N, in_width)
-        a = self.proj(self.norm3(x)) + self.attn(self.norm1(x))
-        return a + self.mlp(self.norm2(a))
+        a = self.proj(self.norm3(x)) + self.attn(x, self.norm1)
+        return a + self.mlp(a, self.norm2)
 
 
 class Downsample(nn.Module):
@@ -103,7 +110,10 @@ class Downsample(nn.Module):
         self.expand = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, in, H, W) -> (B, out, ceil(H/2), ceil(W/2))
-        return self.expand(F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False))
+        x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+        if isinstance(self.expand, nn.Identity):
+            return x
+        return norm_linear(x.permute(0, 2, 3, 1), self.expand).permute(0, 3, 1, 2)
 
 
 class InvertedBottleneck(nn.Module):
@@ -125,5 +135,8 @@ class InvertedBottleneck(nn.Module):
         self.shortcut = shortcuts[resample](in_width, out_width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # x (B, in, H, W)
-        y = self.up(F.gelu(self.conv1_1x1(self.pre_norm(x))))
-        return self.conv3_1x1(F.gelu(self.conv2_kxk(y))) + self.shortcut(x)
+        y = norm_linear(x.permute(0, 2, 3, 1), self.conv1_1x1, self.pre_norm, activation="gelu").permute(0, 3, 1, 2)
+        y, depthwise = self.up(y).permute(0, 2, 3, 1), self.conv2_kxk
+        y = depthwise_gelu(y, depthwise.weight, depthwise.bias, depthwise.stride[0])
+        y = norm_linear(y, self.conv3_1x1, residual=self.shortcut(x).permute(0, 2, 3, 1))
+        return y.permute(0, 3, 1, 2)  # channels-last memory

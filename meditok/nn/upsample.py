@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.convolution import upsample_differences, upsample_gather
+from ..ops.linear import linear
+
 
 def nine_kernels(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """weight (O, I, 3, 3) -> kernels of the map (O, I), its differences along h, along w (2O, I), along both (4O, I).
@@ -25,24 +28,13 @@ def nine_kernels(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return k[1, 1], k[::2, 1].flatten(0, 1), k[1, ::2].flatten(0, 1), k[::2, ::2].flatten(0, 2)
 
 
-def nine(x: torch.Tensor, kernels: tuple[torch.Tensor, ...], bias: torch.Tensor) -> torch.Tensor:
-    """x (B, h, w, I), bias (O,) -> (B, 2h, 2w, O)."""
-    (batch, h, w, _), width = x.shape, len(bias)
-    tall = F.pad(x, (0, 0, 0, 0, 1, 1))
-    tall = tall[:, 1:] - tall[:, :-1]  # (B, h+1, w, I)
-    wide = F.pad(x, (0, 0, 1, 1))
-    wide = wide[:, :, 1:] - wide[:, :, :-1]  # (B, h, w+1, I)
-    both = F.pad(tall, (0, 0, 1, 1))
-    both = both[:, :, 1:] - both[:, :, :-1]  # (B, h+1, w+1, I)
-    level = F.linear(x, kernels[0], bias)
-    tall, wide, both = (F.linear(a, k) for a, k in zip((tall, wide, both), kernels[1:], strict=True))
-    tall, wide, both = tall.unflatten(-1, (2, width)), wide.unflatten(-1, (2, width)), both.unflatten(-1, (4, width))
-    rows = []
-    for p in (0, 1):  # output row 2i + p, column 2j + q
-        row = level + tall[:, p : p + h, :, p]
-        rows.append([row + wide[:, :, q : q + w, q] + both[:, p : p + h, q : q + w, 2 * p + q] for q in (0, 1)])
-    y = torch.stack([torch.stack(row, 3) for row in rows], 2)  # (B, h, 2, w, 2, O)
-    return y.view(batch, 2 * h, 2 * w, width)
+def nine(
+    x: torch.Tensor, kernels: tuple[torch.Tensor, ...], bias: torch.Tensor, norm: nn.LayerNorm | None = None
+) -> torch.Tensor:
+    """x (B, h, w, I), bias (O,) -> (B, 2h, 2w, O), then norm and GELU where a norm is given."""
+    tall, wide, both = upsample_differences(x)
+    parts = (linear(x, kernels[0], bias), *(linear(a, k) for a, k in zip((tall, wide, both), kernels[1:], strict=True)))
+    return upsample_gather(*parts, None if norm is None else (norm.weight, norm.bias, norm.eps))
 
 
 def four_kernels(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -84,18 +76,23 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(in_width, out_width, 3, padding=1)
         self._folded: tuple | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: nn.LayerNorm | None = None) -> torch.Tensor:
+        """With a norm over the channels: F.gelu(norm(conv(doubled x)))."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        fold, run = (four_kernels, four) if dtype.itemsize < 4 else (nine_kernels, nine)
-        y = run(x.permute(0, 2, 3, 1), self._kernels(fold, dtype), self.conv.bias)
+        x = x.permute(0, 2, 3, 1)
+        if dtype.itemsize < 4:
+            y = four(x, self._kernels(four_kernels, dtype), self.conv.bias)
+            y = y if norm is None else F.gelu(F.layer_norm(y, norm.weight.shape, norm.weight, norm.bias, norm.eps))
+        else:
+            y = nine(x, self._kernels(nine_kernels, dtype), self.conv.bias, norm)
         return y.permute(0, 3, 1, 2)  # channels-last memory
 
     def _kernels(self, fold, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """The folded weight, kept until the weight changes; made anew where a gradient or a graph passes through."""
         weight = self.conv.weight
         differentiated = torch.is_grad_enabled() and weight.requires_grad
-        if differentiated or weight.is_inference() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or differentiated or weight.is_inference():
             return tuple(kernel.to(dtype) for kernel in fold(weight))
         key = fold, dtype, weight.data_ptr(), weight._version
         if self._folded is None or self._folded[0] != key:

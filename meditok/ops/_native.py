@@ -238,6 +238,64 @@ def _of_out(strides: tuple[int, ...]) -> tuple[int, ...]:
     return strides if len(strides) == 4 else (strides[0], 0, *strides[1:])
 
 
+# ---- around attention --------------------------------------------------------------------------------------
+
+ACTIVATIONS = {"none": 0, "gelu": 1, "geglu": 2}  # csrc/linear/linear.h
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    norms: list[Tensor],
+    eps: list[float],
+    activation: str,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    """x (M, K) and residual (M, N) with unit last strides, the rest contiguous, all float32 -> out (M, N)."""
+    arguments = [_address(x), *x.shape, x.stride(0)]
+    for i in (0, 1):
+        given = i < len(eps)
+        arguments += [_address(norms[2 * i]), _address(norms[2 * i + 1]), eps[i]] if given else [0, 0, 0.0]
+    arguments += [len(eps), *(_address(t) for t in (weight, bias, gate, gate_bias)), len(weight)]
+    arguments += [ACTIVATIONS["geglu" if gate is not None else activation], _address(residual)]
+    arguments += [0 if residual is None else residual.stride(0), _address(out), native.threads()]
+    native.core.linear(*arguments)
+
+
+def depthwise(x: Tensor, stride: int, taps: Tensor, bias: Tensor, out: Tensor) -> None:
+    """x (B, h, w, C), taps (9, C), bias (C,), all contiguous float32 -> out (B, h', w', C)."""
+    native.core.depthwise(_address(x), *x.shape, stride, *map(_address, (taps, bias, out)), native.threads())
+
+
+def upsample_differences(x: Tensor, tall: Tensor, wide: Tensor, both: Tensor) -> None:
+    """x (B, h, w, C) -> the others, all contiguous float32."""
+    native.core.upsample_differences(_address(x), *x.shape, *map(_address, (tall, wide, both)), native.threads())
+
+
+def upsample_gather(
+    level: Tensor,
+    tall: Tensor,
+    wide: Tensor,
+    both: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """The parts of a map level (B, h, w, O) -> out (B, 2h, 2w, O), all contiguous float32."""
+    parts = map(_address, (level, tall, wide, both))
+    norm = _address(gain), _address(bias), eps
+    native.core.upsample_gather(*parts, *level.shape, *norm, _address(out), native.threads())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _mask(mask: Any) -> tuple[int, int]:
     if mask is None:
         return 0, 0

@@ -403,3 +403,47 @@ def attention_qkv_backward(
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     *grads, _ = attention_backward(grad.transpose(1, 2), q, k, v, is_causal=is_causal, scale=scale)
     return torch.stack([x.transpose(1, 2) for x in grads], 2)
+
+
+# ---- linear layers -----------------------------------------------------------------------------------------
+
+
+def linear(x, weight, bias=None, residual=None, gate=None, gate_bias=None, norms=(), eps=(), activation="none"):
+    """See meditok/ops/linear.py; norms: gain and bias of each norm in turn, eps: one a norm."""
+    for gain, shift, e in zip(norms[::2], norms[1::2], eps, strict=True):
+        x = F.layer_norm(x, gain.shape, gain, shift, e)
+    y = F.linear(x, weight, bias)
+    if gate is not None:
+        y = F.gelu(y, approximate="tanh") * F.linear(x, gate, gate_bias)
+    elif activation == "gelu":
+        y = F.gelu(y)
+    return y if residual is None else y + residual
+
+
+# ---- convolutions, channels last ---------------------------------------------------------------------------
+
+
+def depthwise_gelu(x, weight, bias, stride=1):
+    """See meditok/ops/convolution.py."""
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, 1, groups=len(weight))
+    return F.gelu(y).permute(0, 2, 3, 1).contiguous()
+
+
+def upsample_differences(x):
+    """See meditok/ops/convolution.py."""
+    tall = F.pad(x, (0, 0, 0, 0, 1, 1))
+    tall = tall[:, 1:] - tall[:, :-1]  # (B, h+1, w, C)
+    wide, both = (F.pad(a, (0, 0, 1, 1)) for a in (x, tall))
+    return tall, wide[:, :, 1:] - wide[:, :, :-1], both[:, :, 1:] - both[:, :, :-1]
+
+
+def upsample_gather(level, tall, wide, both, gain=None, bias=None, eps=0.0):
+    """See meditok/ops/convolution.py."""
+    batch, h, w, width = level.shape
+    tall, wide, both = tall.unflatten(-1, (2, width)), wide.unflatten(-1, (2, width)), both.unflatten(-1, (4, width))
+    rows = []
+    for p in (0, 1):  # output row 2i + p, column 2j + q
+        row = level + tall[:, p : p + h, :, p]
+        rows.append([row + wide[:, :, q : q + w, q] + both[:, p : p + h, q : q + w, 2 * p + q] for q in (0, 1)])
+    y = torch.stack([torch.stack(row, 3) for row in rows], 2).view(batch, 2 * h, 2 * w, width)
+    return y if gain is None else F.gelu(F.layer_norm(y, (width,), gain, bias, eps))

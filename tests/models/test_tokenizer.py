@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import meditok
-from meditok import native
+from meditok import native, ops
 from meditok.errors import (
     BadInputError,
     CodebookMismatchError,
@@ -55,13 +55,34 @@ def test_an_empty_batch_gives_an_empty_answer(model):
     assert model.tokenize(pictures(0), stable=True).shape == (0, 8, 16)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 12])
-def test_stable_tokens_do_not_depend_on_batch_or_position(model, batch):
-    x = pictures(12, seed=5)
-    alone = torch.cat([model.tokenize(x[i : i + 1], stable=True) for i in range(12)])
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(batch))
+@pytest.fixture(scope="module")
+def alone(model):
+    """64 pictures, and their tokens and reconstructions made one by one."""
+    x = pictures(64, 32, 32, seed=5)
+    tokens = torch.cat([model.tokenize(one, stable=True) for one in x.split(1)])
+    return x, tokens, torch.cat([model.detokenize(one, stable=True) for one in tokens.split(1)])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64])
+def test_stable_results_depend_on_neither_batch_nor_position(model, alone, batch):
+    x, tokens, images = alone
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(batch))
     together = torch.cat([model.tokenize(part, stable=True) for part in x[order].split(batch)])
-    assert torch.equal(together, alone[order])
+    assert torch.equal(together, tokens[order])
+    back = torch.cat([model.detokenize(part, stable=True) for part in together.split(batch)])
+    assert torch.equal(back, images[order])
+
+
+def test_stable_results_do_not_depend_on_the_number_of_threads(model, alone):
+    x, tokens, images = alone
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(model.tokenize(x[:8], stable=True), tokens[:8])
+            assert torch.equal(model.detokenize(tokens[:8], stable=True), images[:8])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_stages_and_features_have_the_stated_shapes(model):
@@ -253,12 +274,14 @@ def test_seeded_builds_are_equal_and_leave_the_random_state_alone():
     assert first.hash == meditok.build("tiny", seed=7).hash != meditok.build("tiny", seed=8).hash
 
 
-def test_bf16_runs_the_transformers_in_half_precision_and_the_quantiser_in_full():
+def test_bf16_runs_the_transformers_in_half_precision_and_the_quantiser_in_full(monkeypatch):
     model, x = meditok.build("tiny", seed=1), pictures(2)
     full = model.tokenize(x)
     model.precision = "bf16"
-    seen = {}
-    model.encoder.blocks[0].attn.qkv.register_forward_hook(lambda _m, _i, out: seen.update(encoder=out.dtype))
+    seen, attention = {}, ops.attention_qkv
+    monkeypatch.setattr(
+        ops, "attention_qkv", lambda qkv, **o: (seen.setdefault("encoder", qkv.dtype), attention(qkv, **o))[1]
+    )
     model.quant_proj.attn.proj.register_forward_hook(lambda _m, _i, out: seen.update(bottleneck=out.dtype))
     half = model.tokenize(x)
     assert seen == {"encoder": torch.bfloat16, "bottleneck": torch.float32}

@@ -12,6 +12,8 @@ import torch
 
 from meditok import native, ops
 from meditok.ops import reference
+from meditok.ops.convolution import depthwise_gelu, upsample_differences, upsample_gather
+from meditok.ops.linear import linear
 
 from .helpers import FLOATS, METRICS, adversarial_codebooks, assert_same_ids, levels_here, quantisation_edges, randn
 from .test_attention_kernels import MASKS, make_mask
@@ -99,3 +101,20 @@ def test_attention(level, kind, dtype):
     v = randn(1, 1, 9, 5)
     v[0, 0, 4] = torch.nan
     assert ops.attention(v, v, v, is_causal=True)[0, 0, :4].isfinite().all()
+
+
+def test_linear_layers_and_convolutions(level):
+    """Edges of tiles, panels and vectors."""
+    for rows, width, columns in [(0, 3, 3), (1, 1, 1), (6, 16, 32), (15, 33, 65), (29, 9, 130)]:
+        x, weight, row = randn(rows, width), randn(columns, width, seed=1), randn(width, seed=2)
+        norms = [(row, row, 1e-6)] * 2
+        residual = randn(rows, columns, seed=3)
+        found = linear(x, weight, None, norms=norms, gate=(weight, None), residual=residual)
+        wanted = reference.linear(x, weight, None, residual, weight, None, [row] * 4, [1e-6] * 2)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * (1 + width))
+    for shape in [(0, 2, 2, 3), (1, 1, 1, 1), (2, 5, 4, 17), (1, 3, 2, 33)]:
+        x, width = randn(*shape), shape[-1]
+        for stride in (1, 2):
+            depthwise_gelu(x, randn(width, 1, 3, 3, seed=1), randn(width, seed=2), stride)
+        parts = (torch.cat([part] * k, -1) for part, k in zip(upsample_differences(x), (2, 2, 4), strict=True))
+        upsample_gather(x, *parts, (x.new_ones(width), x.new_zeros(width), 1e-6))
