@@ -11,17 +11,10 @@ namespace meditok {
 namespace {
 
 #include "attention/attention_x86.inl.h"
+#include "common/simd_avx2.inl.h"
 
-using Vec = __m256;
-constexpr int64_t kWidth = 8;
 constexpr int kRows = 6;
 
-MEDITOK_INLINE Vec load(const float* p) {
-    return _mm256_loadu_ps(p);
-}
-MEDITOK_INLINE void store(float* p, Vec v) {
-    _mm256_storeu_ps(p, v);
-}
 template <class T>
 MEDITOK_INLINE Vec load_as(const T* p) {
     return load_eight(p);
@@ -30,26 +23,8 @@ template <class T>
 MEDITOK_INLINE void store_as(T* p, Vec v) {
     store_eight(p, v);
 }
-MEDITOK_INLINE Vec fill(float a) {
-    return _mm256_set1_ps(a);
-}
-MEDITOK_INLINE Vec add(Vec a, Vec b) {
-    return _mm256_add_ps(a, b);
-}
 MEDITOK_INLINE Vec sub(Vec a, Vec b) {
     return _mm256_sub_ps(a, b);
-}
-MEDITOK_INLINE Vec mul(Vec a, Vec b) {
-    return _mm256_mul_ps(a, b);
-}
-MEDITOK_INLINE Vec fma(Vec a, Vec b, Vec c) {
-    return _mm256_fmadd_ps(a, b, c);
-}
-MEDITOK_INLINE Vec max(Vec a, Vec b) {
-    return _mm256_max_ps(a, b);
-}
-MEDITOK_INLINE float largest(Vec v) {
-    return largest_of_eight(v);
 }
 MEDITOK_INLINE float total(Vec v) {
     return sum_of_eight(v);

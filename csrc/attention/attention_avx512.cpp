@@ -11,9 +11,8 @@ namespace meditok {
 namespace {
 
 #include "attention/attention_x86.inl.h"
+#include "common/simd_avx512.inl.h"
 
-using Vec = __m512;
-constexpr int64_t kWidth = 16;
 constexpr int kRows = 12;
 
 MEDITOK_INLINE __m256 lower(Vec v) {
@@ -23,12 +22,6 @@ MEDITOK_INLINE __m256 upper(Vec v) {
     return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
 }
 
-MEDITOK_INLINE Vec load(const float* p) {
-    return _mm512_loadu_ps(p);
-}
-MEDITOK_INLINE void store(float* p, Vec v) {
-    _mm512_storeu_ps(p, v);
-}
 MEDITOK_INLINE Vec load_as(const float* p) {
     return load(p);
 }
@@ -44,26 +37,8 @@ MEDITOK_INLINE void store_as(T* p, Vec v) {
     store_eight(p, lower(v));
     store_eight(p + 8, upper(v));
 }
-MEDITOK_INLINE Vec fill(float a) {
-    return _mm512_set1_ps(a);
-}
-MEDITOK_INLINE Vec add(Vec a, Vec b) {
-    return _mm512_add_ps(a, b);
-}
 MEDITOK_INLINE Vec sub(Vec a, Vec b) {
     return _mm512_sub_ps(a, b);
-}
-MEDITOK_INLINE Vec mul(Vec a, Vec b) {
-    return _mm512_mul_ps(a, b);
-}
-MEDITOK_INLINE Vec fma(Vec a, Vec b, Vec c) {
-    return _mm512_fmadd_ps(a, b, c);
-}
-MEDITOK_INLINE Vec max(Vec a, Vec b) {
-    return _mm512_max_ps(a, b);
-}
-MEDITOK_INLINE float largest(Vec v) {
-    return largest_of_eight(_mm256_max_ps(lower(v), upper(v)));
 }
 MEDITOK_INLINE float total(Vec v) {
     return sum_of_eight(_mm256_add_ps(lower(v), upper(v)));

@@ -3,7 +3,8 @@
 // Such a file is the only one compiled with its instruction set. Everything in it, the vector type included,
 // lives in an anonymous namespace, and it calls no inline function or template with external linkage (no
 // std::max, no std::vector): the linker keeps one copy of those, and if it kept the AVX one, machines without
-// AVX would crash. It defines `struct Vec` and includes an x_simd.inl.h that is written against that type:
+// AVX would crash. It includes simd_avx2.inl.h, simd_avx512.inl.h or simd_neon.inl.h of this folder, which define Vec,
+// and an x_simd.inl.h that is written against that type:
 //   kWidth                        floats in a vector
 //   load(p), store(p, v)          unaligned access
 //   fill(a)                       the same float everywhere
@@ -11,7 +12,7 @@
 //   fma(a, b, c)                  a * b + c, rounded once
 //   at_least(a, b)                bit i set where a[i] >= b[i]; false for NaN
 //   largest(a)                    the largest element
-// and, where the file has an int16 kernel, `struct IVec` of kWidth int32 or 2 kWidth int16:
+// and defines, where it has an int16 kernel, IVec of kWidth int32 or 2 kWidth int16:
 //   load_int(p), store_int(p, v)  unaligned access
 //   fill_int(a), fill_pair(p)     the same int32, or the same two int16 from memory, everywhere
 //   dot_pairs(a, b)               a[2i] b[2i] + a[2i+1] b[2i+1]
