@@ -11,7 +11,7 @@ namespace meditok {
 namespace {
 
 #include "attention/attention_x86.inl.h"
-#include "common/simd_avx2.inl.h"
+#include "common/vector_avx2.inl.h"
 
 constexpr int kRows = 6;
 
@@ -22,15 +22,6 @@ MEDITOK_INLINE Vec load_as(const T* p) {
 template <class T>
 MEDITOK_INLINE void store_as(T* p, Vec v) {
     store_eight(p, v);
-}
-MEDITOK_INLINE Vec sub(Vec a, Vec b) {
-    return _mm256_sub_ps(a, b);
-}
-MEDITOK_INLINE float total(Vec v) {
-    return sum_of_eight(v);
-}
-MEDITOK_INLINE Vec nearest(Vec v) {
-    return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 constexpr float kLowestPower = -127;  // whose exponent field is 0
 MEDITOK_INLINE Vec times_power(Vec v, Vec n) {
@@ -44,23 +35,6 @@ MEDITOK_INLINE Vec first_lanes(Vec v, int64_t count, Vec rest) {
 }
 MEDITOK_INLINE Vec where_equal(Vec a, Vec b, Vec then, Vec otherwise) {
     return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
-}
-MEDITOK_INLINE void transpose(Vec (&r)[kWidth]) {
-    Vec pair[8], four[8];
-    for (int i = 0; i < 8; i += 2) {
-        pair[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        pair[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-        four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
-        four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-        four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
-        r[i + 4] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
-    }
 }
 
 #include "attention/attention_simd.inl.h"

@@ -2,12 +2,9 @@
 // defined what common/simd.h lists and
 //   kRows                         rows of a register tile, a multiple of 3; its width is two vectors
 //   load_as(p), store_as(p, v)    kWidth elements of any type, as floats; rounded to nearest even
-//   sub(a, b), total(v)           a - b; the sum of the elements
-//   nearest(v)                    rounded to whole numbers
 //   times_power(v, n)             v 2^n for whole n from kLowestPower, where it is 0
 //   first_lanes(v, count, rest)   the first `count` elements of v, then those of `rest`
 //   where_equal(a, b, x, y)       x where a == b, else y
-//   transpose(r)                  kWidth vectors
 //
 // Keys come in blocks of kKeys, whose scores with kRows queries stay in the first cache. The keys are packed transposed,
 // in panels of kPanel of them; queries too, in groups of kRows; values row by row, to whole vectors. Each row keeps its
@@ -39,7 +36,7 @@ MEDITOK_INLINE Vec never() {
 // least largest one on [-1/2, 1/2]), then the exponent. 0 below 2^kLowestPower; NaN stays.
 MEDITOK_INLINE Vec exp2(Vec t) {
     t = max(fill(kLowestPower), t);
-    const Vec n = nearest(t), r = sub(t, n);
+    const Vec n = round(t), r = sub(t, n);
     Vec p = fma(fill(0.00015345812f), r, fill(0.0013399931f));
     p = fma(p, r, fill(0.009618489f));
     p = fma(p, r, fill(0.055503286f));
@@ -308,7 +305,7 @@ MEDITOK_INLINE float soften(float* scores, int64_t valid, int64_t count, float f
         sum = add(sum, weight);
     }
     for (; j < count; j += kWidth) store(scores + j, fill(0.0f));
-    state.sum = state.sum * scale[0] + total(sum);
+    state.sum = state.sum * scale[0] + sum_of(sum);
     return scale[0];
 }
 
@@ -376,7 +373,7 @@ bool attend(const AttentionParams& params, int64_t b, int64_t h, int64_t begin, 
                     ignored);
         pack_rows(at<T>(params.v, params.v_strides, b, h, first), params.v_strides, count, width, padded,
                   1.0f, scratch.v, check);
-        if (params.mask_kind != MaskKind::kNone && !(total(check) == 0.0f)) return false;
+        if (params.mask_kind != MaskKind::kNone && !(sum_of(check) == 0.0f)) return false;
         for (int64_t row = 0; row < end - begin; row += kRows) {
             const int64_t rows = smaller(kRows, end - begin - row);
             const int64_t last = begin + row + rows - 1, reach = attended(params, last, first, count);

@@ -103,10 +103,10 @@ class Backward {
             sum = fma(read(g + c * g_stride, g_stride, f_.width - c),
                       read(out + c * stride, stride, f_.width - c), sum);
         }
-        return total(sum);
+        return sum_of(sum);
     }
 
-    bool finite() const { return f_.mask_kind == MaskKind::kNone || total(check_) == 0.0f; }
+    bool finite() const { return f_.mask_kind == MaskKind::kNone || sum_of(check_) == 0.0f; }
 
     bool block_of_keys(int64_t first, int64_t count, bool only_delta) {
         const int64_t width = f_.width, padded = scratch_.padded;
@@ -191,15 +191,15 @@ class Backward {
         }
         float norm = 1.0f, delta = 0.0f;
         if (only_delta) {
-            scratch_.delta[i] += total(products);
-            scratch_.sum[i] += total(sum);
+            scratch_.delta[i] += sum_of(products);
+            scratch_.sum[i] += sum_of(sum);
             return;
         }
         if (scratch_
                 .one_block) {  // the row's own sum undoes the rounding of lse, which is coarse for large scores
-            const float weights = total(sum);
+            const float weights = sum_of(sum);
             norm = weights == 0.0f ? 0.0f : 1.0f / weights;
-            delta = total(products) * norm;
+            delta = sum_of(products) * norm;
         } else {
             delta = scratch_.delta[i];
         }

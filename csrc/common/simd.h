@@ -3,7 +3,7 @@
 // Such a file is the only one compiled with its instruction set. Everything in it, the vector type included,
 // lives in an anonymous namespace, and it calls no inline function or template with external linkage (no
 // std::max, no std::vector): the linker keeps one copy of those, and if it kept the AVX one, machines without
-// AVX would crash. It includes simd_avx2.inl.h, simd_avx512.inl.h or simd_neon.inl.h of this folder, which define Vec,
+// AVX would crash. It includes vector_avx2.inl.h, vector_avx512.inl.h or vector_neon.inl.h of this folder, which define Vec,
 // and an x_simd.inl.h that is written against that type:
 //   kWidth                        floats in a vector
 //   load(p), store(p, v)          unaligned access
@@ -12,7 +12,8 @@
 //   fma(a, b, c)                  a * b + c, rounded once
 //   at_least(a, b)                bit i set where a[i] >= b[i]; false for NaN
 //   largest(a)                    the largest element
-// and defines, where it has an int16 kernel, IVec of kWidth int32 or 2 kWidth int16:
+// and on x86 what the other kernels need: sub, div, min, abs, round, scale, copy_sign, where_less, sum_of, transpose.
+// A file with an int16 kernel defines IVec of kWidth int32 or 2 kWidth int16:
 //   load_int(p), store_int(p, v)  unaligned access
 //   fill_int(a), fill_pair(p)     the same int32, or the same two int16 from memory, everywhere
 //   dot_pairs(a, b)               a[2i] b[2i] + a[2i+1] b[2i+1]

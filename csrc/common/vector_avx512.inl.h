@@ -58,7 +58,17 @@ MEDITOK_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
 MEDITOK_INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
-MEDITOK_INLINE float sum(Vec a) {
+MEDITOK_INLINE uint32_t at_least(Vec a, Vec b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+}
+MEDITOK_INLINE float largest(Vec a) {
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(a), high);
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+MEDITOK_INLINE float sum_of(Vec a) {
     return _mm512_reduce_add_ps(a);
 }
 

@@ -59,7 +59,7 @@ void normalise(float* row, int64_t width, const Norm& norm) {
     const int64_t whole = width / kWidth * kWidth, rest = width - whole;
     Vec total = fill(0.0f);
     for (int64_t k = 0; k < width; k += kWidth) total = add(total, load(at(row, k)));  // zeros after the last
-    const Vec mean = fill(sum(total) / static_cast<float>(width));
+    const Vec mean = fill(sum_of(total) / static_cast<float>(width));
     Vec squares = fill(0.0f);
     for (int64_t k = 0; k < whole; k += kWidth) {
         const Vec centred = sub(load(at(row, k)), mean);
@@ -72,7 +72,7 @@ void normalise(float* row, int64_t width, const Norm& norm) {
         squares = fma(centred, centred, squares);
         store_first(last, add(centred, mean), rest);
     }
-    const float variance = sum(squares) / static_cast<float>(width);
+    const float variance = sum_of(squares) / static_cast<float>(width);
     const Vec factor = fill(1.0f / __builtin_sqrtf(variance + norm.eps));
     for (int64_t k = 0; k < whole; k += kWidth) {
         const Vec centred = mul(sub(load(at(row, k)), mean), factor);

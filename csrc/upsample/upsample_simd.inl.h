@@ -35,7 +35,7 @@ void pixel(const GatherParams& params, const float* const* parts, float* out) {
         store_some(out + c, value, left);
     }
     if (params.gain == nullptr) return;
-    const float average = sum(total) / static_cast<float>(channels);
+    const float average = sum_of(total) / static_cast<float>(channels);
     const Vec mean = fill(average);
     const int64_t whole = channels / kWidth * kWidth;
     Vec squares = fill(0.0f);
@@ -43,7 +43,7 @@ void pixel(const GatherParams& params, const float* const* parts, float* out) {
         const Vec centred = sub(load(out + c), mean);
         squares = fma(centred, centred, squares);
     }
-    float variance = sum(squares);
+    float variance = sum_of(squares);
     for (int64_t c = whole; c < channels; ++c) {
         const float centred = out[c] - average;
         variance += centred * centred;

@@ -12,7 +12,7 @@ namespace meditok {
 
 namespace {
 
-#include "common/simd_avx2.inl.h"
+#include "common/vector_avx2.inl.h"
 
 constexpr int kRows = 6;
 

@@ -16,7 +16,7 @@ namespace meditok {
 
 namespace {
 
-#include "common/simd_avx512.inl.h"
+#include "common/vector_avx512.inl.h"
 
 constexpr int64_t kPanelRows = 12;
 constexpr int64_t kDepth = 160;  // 20 KiB of codes and 8 KiB of rows in a first-level cache of 32 KiB

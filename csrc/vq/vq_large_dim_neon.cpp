@@ -10,7 +10,7 @@ namespace meditok {
 
 namespace {
 
-#include "common/simd_neon.inl.h"
+#include "common/vector_neon.inl.h"
 
 constexpr int64_t kPanelRows = 3;
 constexpr int64_t kDepth = 192;  // 24 KiB of codes and 2 KiB of rows in a first-level cache of 32 KiB

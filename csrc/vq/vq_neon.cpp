@@ -11,7 +11,7 @@ namespace meditok {
 
 namespace {
 
-#include "common/simd_neon.inl.h"
+#include "common/vector_neon.inl.h"
 
 constexpr int kRows = 8;
 

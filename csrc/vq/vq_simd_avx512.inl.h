@@ -1,7 +1,7 @@
 // The int16 operations of common/simd.h on 512 bits, for the two files that need them; the including file adds
 // add_dot_pairs, the one that differs between AVX-512 BW and VNNI. One instruction each, so there is nothing to prove.
 
-#include "common/simd_avx512.inl.h"
+#include "common/vector_avx512.inl.h"
 
 constexpr int kRows = 8;
 

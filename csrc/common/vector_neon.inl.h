@@ -1,5 +1,4 @@
-// The float operations of common/simd.h on 64-bit NEON, for the anonymous namespace of a *_neon.cpp file. One or two
-// instructions each, so there is nothing to prove.
+// Four floats, NEON of 64-bit Arm; included inside an anonymous namespace (see simd.h for the rules).
 
 using Vec = float32x4_t;
 constexpr int64_t kWidth = 4;
