@@ -69,7 +69,11 @@ MEDITOK_INLINE float largest(Vec a) {
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 MEDITOK_INLINE float sum_of(Vec a) {
-    return _mm512_reduce_add_ps(a);
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), high);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
 // Rows become columns.

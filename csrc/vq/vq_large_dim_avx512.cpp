@@ -1,13 +1,8 @@
 // AVX-512 for wide rows: 12 rows x 32 codes are 24 accumulators and 2 codes of the 32 registers, the rows broadcast
-// from memory inside the multiply-add. Right because vq_filter.h's band holds every code that can be best. Compiles
-// against SIMDe as well (MEDITOK_SIMDE), which is how machines without AVX-512 test it.
+// from memory inside the multiply-add. Right because vq_filter.h's band holds every code that can be best. Machines
+// without AVX-512 test it through SIMDe (tests/ops/simde).
 
-#if defined(MEDITOK_SIMDE)
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#else
 #include <immintrin.h>
-#endif
 
 #include "common/simd.h"
 #include "vq/vq_large_dim.h"

@@ -75,9 +75,12 @@ def _by_kernel(array: Any, mask_needed: bool = False) -> bool:
     return native.backend == "native" and native.isa != "neon"  # on Arm PyTorch beats the scalar loop
 
 
-@torch.compiler.assume_constant_result
 def _cuda_kernels(device: int) -> bool:
     return native.cuda_backend(device) == "native"
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import all of dynamo with meditok.
+_cuda_kernels._dynamo_marked_constant = True
 
 
 # ---- schema and kernels ------------------------------------------------------------------------------------

@@ -21,8 +21,11 @@ from meditok.models.files import read_model, write_model
 def model():
     """Sizes of its own, so that every one of them must be inferred from the weights."""
     return meditok.build(
-        "tiny",
+        "vitamin-small",
         seed=3,
+        stem_width=24,
+        stage_widths=(24, 48),
+        decoder_widths=(64, 24),
         width=128,
         encoder_depth=2,
         decoder_depth=3,

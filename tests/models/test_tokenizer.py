@@ -23,10 +23,24 @@ from meditok.errors import (
     UsageError,
 )
 
+# The published family's shape, small: convolution stages at both ends.
+SMALL = {
+    "stem_width": 24,
+    "stage_widths": (24, 48),
+    "stage_depths": (1, 2),
+    "width": 192,
+    "encoder_depth": 3,
+    "decoder_depth": 4,
+    "decoder_widths": (64, 24),
+    "decoder_depths": (2, 1),
+    "expansion": 2,
+}
+ONE_BLOCK = SMALL | {"width": 64, "encoder_depth": 1, "decoder_depth": 1}
+
 
 @pytest.fixture(scope="module")
 def model():
-    return meditok.build("tiny", seed=1, embed_dim=32)
+    return meditok.build("vitamin-small", seed=1, embed_dim=32, **SMALL)
 
 
 def pictures(batch, height=64, width=64, seed=0):
@@ -275,7 +289,7 @@ def test_seeded_builds_are_equal_and_leave_the_random_state_alone():
 
 
 def test_bf16_runs_the_transformers_in_half_precision_and_the_quantiser_in_full(monkeypatch):
-    model, x = meditok.build("tiny", seed=1), pictures(2)
+    model, x = meditok.build("vitamin-small", seed=1, **SMALL), pictures(2)
     full = model.tokenize(x)
     model.precision = "bf16"
     seen, attention = {}, ops.attention_qkv
@@ -297,8 +311,9 @@ def test_one_tokenize_runs_the_compiled_kernels(model):
     assert calls["attention"] == sum(attended) + 2  # and the two bottlenecks
 
 
-def test_encode_decode_and_a_training_step_compile_without_a_graph_break():
-    model = meditok.build("tiny", seed=1, width=64, encoder_depth=1, decoder_depth=1)
+@pytest.mark.parametrize("ends", ["stages", "patches"])
+def test_encode_decode_and_a_training_step_compile_without_a_graph_break(ends):
+    model = meditok.build("vitamin-small", seed=1, ends=ends, **ONE_BLOCK)
     x = pictures(2, 32, 32)
     tokens = torch.compile(model.tokenize, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(tokens, model.tokenize(x))
@@ -319,7 +334,7 @@ def test_encode_decode_and_a_training_step_compile_without_a_graph_break():
 
 
 def test_neither_another_batch_size_nor_another_step_compiles_anew():
-    model, compiled = meditok.build("tiny", seed=1, width=64, encoder_depth=1, decoder_depth=1).train(), []
+    model, compiled = meditok.build("vitamin-small", seed=1, **ONE_BLOCK).train(), []
 
     def backend(graph, _):
         compiled.append(graph)

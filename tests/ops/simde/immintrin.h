@@ -6,4 +6,15 @@
 #include <simde/x86/avx512.h>
 #undef _mm512_madd_epi16  // the alias of SIMDe 0.7.4 wants two arguments too many
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+
+// SIMDe 0.7.4 lacks it: 128-bit lanes, two of a and two of b, picked by two bits each.
+static inline simde__m512 meditok_shuffle_f32x4(simde__m512 a, simde__m512 b, int picks) {
+    float from[2][16], to[16];
+    simde_mm512_storeu_ps(from[0], a);
+    simde_mm512_storeu_ps(from[1], b);
+    for (int i = 0; i < 16; ++i) to[i] = from[i / 8][4 * ((picks >> (2 * (i / 4))) & 3) + i % 4];
+    return simde_mm512_loadu_ps(to);
+}
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4(a, b, picks) meditok_shuffle_f32x4(a, b, picks)
 #endif
