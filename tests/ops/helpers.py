@@ -65,7 +65,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
     path = str(Path(meditok.__file__).resolve().parents[1])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
 
 
 def adversarial_codebooks(codes: int, width: int) -> dict[str, torch.Tensor]:

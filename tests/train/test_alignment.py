@@ -154,7 +154,7 @@ def test_the_command_trains_and_goes_on(data, tmp_path, capfd):
     assert command(arguments) == 0  # nothing to do
     assert "going on from step 2" in capfd.readouterr().err
     assert command([*arguments, "--lr=1"]) == 2
-    assert "lr 0.001, now 1.0" in capfd.readouterr().err
+    assert "lr 0.0001, now 1.0" in capfd.readouterr().err
     assert command([*arguments, "--learning=1"]) == 2
     assert "no setting learning" in capfd.readouterr().err
     assert command([*arguments, "--lr=1", "--fresh"]) == 0
