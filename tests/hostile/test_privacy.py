@@ -76,7 +76,8 @@ def test_no_failure_tells_names_to_a_log_or_traceback(forks, tmp_path, name, mak
     common = ["--size", 32, "--debug", "--log-json", *arguments]
     report = ["--json", out / "r.json"]
     result = forks.command("tokenize", path, "-o", out / "store", "--on-error", "skip", *report, *common)
-    assert result.code in (3, 6), result
+    # a list of inputs that is itself unsafe cannot be skipped: it ends the run with its own code
+    assert result.code in ((code,) if code == 5 and path.suffix == ".parquet" else (3, 6)), result
     check_silent(result, out)
     shown = forks.command("tokenize", path, "-o", out / "t.parquet", "--debug", *common[:2], *arguments)
     # the terminal of the person who gave the path: there it stands once, in the message, and not in the traceback
