@@ -24,6 +24,7 @@ from timing import (
     measured_peak,
     peak_memory,
     processor,
+    section_options,
     write_json,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -169,17 +170,7 @@ def _works(name: str, run) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", help="write the rows there as JSON")
-    parser.add_argument("--save", action="store_true", help="append the rows to bench/results/attention.csv")
-    options = parser.parse_args()
-    unknown = set(options.only.split(",")) - set(SECTIONS)
-    if unknown:
-        parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    options = section_options(__doc__, "attention", SECTIONS)
     bench = Bench(options)
     print(f"{processor(options.device)}, {native.backend} {native.isa}, {options.threads} thread(s), "
           f"peak {bench.peak / 1e9:.0f} GFLOP/s")  # fmt: skip

@@ -22,6 +22,7 @@ from timing import (
     measured_peak,
     peak_memory,
     processor,
+    section_options,
     write_json,
 )
 
@@ -268,17 +269,7 @@ def draw(curves: dict, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", help="write the rows there as JSON")
-    parser.add_argument("--save", action="store_true", help="append the rows to bench/results/vq.csv")
-    options = parser.parse_args()
-    unknown = set(options.only.split(",")) - set(SECTIONS)
-    if unknown:
-        parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    options = section_options(__doc__, "vq", SECTIONS)
     bench = Bench(options)
     print(f"{processor(options.device)}, {native.backend} {native.isa}, {options.threads} thread(s), "
           f"peak {bench.peak / 1e9:.0f} GFLOP/s")  # fmt: skip

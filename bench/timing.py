@@ -6,6 +6,7 @@ flushed before each; medians and the 20th and 80th percentile of the rounds are 
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import json
@@ -144,6 +145,22 @@ def commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     result = subprocess.run(command, capture_output=True, text=True)
     return result.stdout.strip() or "unknown"
+
+
+def section_options(doc: str, name: str, sections) -> argparse.Namespace:
+    """What a bench made of named sections is asked on the command line; an unknown section ends it."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--only", default=",".join(sections), help=f"sections, of {', '.join(sections)}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", help="write the rows there as JSON")
+    parser.add_argument("--save", action="store_true", help=f"append the rows to bench/results/{name}.csv")
+    options = parser.parse_args()
+    unknown = set(options.only.split(",")) - set(sections)
+    if unknown:
+        parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
+    return options
 
 
 def append_rows(name: str, rows: list[dict]) -> Path:
