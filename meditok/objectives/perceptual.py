@@ -141,9 +141,9 @@ def build_perceptual(net: str, weights: str | os.PathLike = "") -> PerceptualDis
         path = given_file(
             weights, "perceptual loss lpips-vgg16", "torchvision's vgg16-397923af.pth, or use stlpips-vgg16"
         )
+        features = _filled(vgg16(), read_state(path, "features."), path, r"(\d+)\.")
         install = "pip install --no-deps lpips"  # it asks for torchvision, which its weights do not need
         heads_path = package_file("lpips", "weights/v0.1/vgg.pth", "perceptual loss lpips-vgg16", install)
-        features = _filled(vgg16(), read_state(path, "features."), path, r"(\d+)\.")
         return PerceptualDistance(features, _heads(read_state(heads_path, "lin"), heads_path))
     networks = {"stlpips-alexnet": ("alex", alexnet), "stlpips-vgg16": ("vgg", lambda: vgg16(shift_tolerant=True))}
     if net not in networks:
