@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def _elsewhere(tmp_path_factory):
     os.chdir(folder)
     yield
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Commands that the tests start can be interrupted, also where the suite runs in the background of a shell.
+
+    Such a shell has its children ignore SIGINT, and a process inherits what is ignored but not what is handled.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
