@@ -130,7 +130,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world, rows = World(0, 1, device), []
     images = torch.rand(options.batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(0))
-    batch = Batch((images * 2 - 1).to(device), [""] * options.batch, [""] * options.batch, list(range(options.batch)))
+    batch = Batch(
+        (images * 2 - 1).to(device), [""] * options.batch, [""] * options.batch, *[list(range(options.batch))] * 2
+    )
     for case in options.case or CASES:
         config = TrainConfig(
             **dict(

@@ -135,16 +135,26 @@ def ridge(plain: np.ndarray, texts: np.ndarray, groups: Sequence[str]) -> np.nda
     folds = min(FOLDS, len(set(groups)))
     if folds < 2:
         return None
-    selection, linear = (require(f"sklearn.{name}", "retrieval") for name in ("model_selection", "linear_model"))
-    reduce, scale = (require(f"sklearn.{name}", "retrieval") for name in ("decomposition", "preprocessing"))
+    selection = require("sklearn.model_selection", "retrieval")
     found = np.zeros_like(texts)
     for train, test in selection.GroupKFold(folds).split(plain, groups=groups):
-        pca = reduce.PCA(min(COMPONENTS, len(train)), random_state=SEED).fit(plain[train, BINS:])
-        seen = [np.hstack([plain[part, :BINS], pca.transform(plain[part, BINS:])]) for part in (train, test)]
-        scaler = scale.StandardScaler().fit(seen[0])
-        model = linear.Ridge(1.0).fit(scaler.transform(seen[0]), texts[train])
-        found[test] = model.predict(scaler.transform(seen[1]))
+        found[test] = fitted_ridge(plain[train], texts[train])(plain[test])
     return found
+
+
+def fitted_ridge(plain: np.ndarray, texts: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The map from plain (n, BINS + thumbnail), its thumbnails reduced by a PCA, to texts (n, E)."""
+    linear, reduce, scale = (
+        require(f"sklearn.{name}", "retrieval") for name in ("linear_model", "decomposition", "preprocessing")
+    )
+    pca = reduce.PCA(min(COMPONENTS, len(plain)), random_state=SEED).fit(plain[:, BINS:])
+
+    def seen(rows: np.ndarray) -> np.ndarray:
+        return np.hstack([rows[:, :BINS], pca.transform(rows[:, BINS:])])
+
+    scaler = scale.StandardScaler().fit(seen(plain))
+    model = linear.Ridge(1.0).fit(scaler.transform(seen(plain)), texts)
+    return lambda rows: model.predict(scaler.transform(seen(rows)))
 
 
 def ranks_of_captions(similarity: np.ndarray, truth: np.ndarray) -> np.ndarray:

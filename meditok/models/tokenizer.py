@@ -108,10 +108,7 @@ class Tokenizer(nn.Module):
         post = self._post(quantized.z)
         features = scale = None
         if self.config.embed_dim:
-            features, scale = (
-                F.normalize(self.projection(self.fc_norm(post.mean(1))), dim=-1),
-                self.logit_scale.exp(),
-            )
+            features, scale = self.aligned(post.mean(1)), self.logit_scale.exp()
         return TrainingOutput(self._decode(post, grid), quantized.ids, quantized.loss, quantized.usage, features, scale)
 
     # -- public calls --------------------------------------------------------------------------------------------
@@ -188,7 +185,11 @@ class Tokenizer(nn.Module):
                 "use features(), or load a model trained with alignment"
             )
         post = self.latents(images, "post")
-        return F.normalize(self.projection(self.fc_norm(post.mean(1))), dim=-1)
+        return self.aligned(post.mean(1))
+
+    def aligned(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Mean decoder inputs (B, width) to unit vectors (B, E) of the text-aligned space."""
+        return F.normalize(self.projection(self.fc_norm(pooled)), dim=-1)
 
     @torch.no_grad()
     def embed_text(self, text: list[str]) -> torch.Tensor:

@@ -33,6 +33,7 @@ class TrainConfig:
     model: dict = dataclasses.field(default_factory=dict)  # fields of TokenizerConfig to change
     init: str = ""  # weights to start from: a model name, directory or .safetensors file
     start: str = ""  # or pca: the transform codec of train/start.py, fitted to the first samples
+    start_patches: int = 262_144  # that it is fitted to, about
     # data
     data: str = ""  # folder, manifest, tar, or several joined by commas
     include: str = ""  # pattern of the names of inputs to take, relative to theirs, e.g. "train/*"; "" takes all
@@ -51,6 +52,7 @@ class TrainConfig:
     l1: float = 0.2
     l2: float = 1.0
     log_l2: float = 0.0  # of each image, so that easy images count as hard ones do
+    ssim: float = 0.0  # weight of 1 - SSIM
     perceptual: float = 1.0
     perceptual_net: str = "lpips-vgg16"  # lpips-vgg16 | stlpips-alexnet | stlpips-vgg16
     perceptual_weights: str = ""  # file of the VGG16 backbone, where the net needs one
@@ -68,11 +70,15 @@ class TrainConfig:
     target: str = "image"  # what images are aligned with: image (stage 1) | text (stage 2)
     teacher: str = "biomedclip"  # biomedclip | offline | timm:NAME | hf:NAME
     teacher_weights: str = ""
-    heads_only: bool = False  # train the alignment heads alone: tokens and reconstructions stay as they are
+    teacher_view: str = (
+        "crop"  # the vision teacher sees the model's crop | the whole picture, once, and keeps its features
+    )
+    heads_only: bool = False  # train the alignment heads alone, on whole pictures; all else stays as it is
     codebook_update: str = "gradient"  # gradient | ema | frozen
     revive: bool = False  # move dead codes onto recent rows
     # optimiser
     lr: float = 5e-4
+    encoder_lr: float = 1.0  # share of lr for all that makes tokens, up to the quantiser; 0 keeps it as it is
     ends_lr: float = 1.0  # share of lr for the patch maps of a model with ends="patches"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-6
@@ -98,6 +104,7 @@ class TrainConfig:
     keep: int = 3
     log_every: int = 10
     sheet_every: int = 1000
+    store: str = "float32"  # float32 | float16: how the final weights are written
     track: str = ""  # beside log.csv: tensorboard, wandb, or both joined by a comma
 
     def __post_init__(self):
@@ -107,16 +114,18 @@ class TrainConfig:
             "accumulate": self.accumulate >= 1,
             "size": self.size >= 16 and self.size % 16 == 0,
             "target": self.target in ("image", "text"),
+            "teacher_view": self.teacher_view in ("crop", "whole"),
             "check": self.check in ("read", "open"),
             "precision": self.precision in ("fp32", "tf32", "bf16", "fp16"),
             "keep": self.keep >= 1,
+            "store": self.store in ("float32", "float16"),
             "save_every": self.save_every >= 1,
             "log_every": self.log_every >= 1,
             "ema": 0 <= self.ema < 1,
             "drop_path": 0 <= self.drop_path < 1,
             "sharded": not (self.sharded and self.precision == "fp16"),
             "balance": 0 <= self.balance <= 1,
-            "heads_only": not self.heads_only or self.contrastive > 0,
+            "heads_only": not self.heads_only or (self.contrastive > 0 and not self.adversarial),
             "start": self.start in ("", "pca") and not (self.start and self.init),
         }
         wrong = [name for name, good in checks.items() if not good]

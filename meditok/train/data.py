@@ -42,12 +42,13 @@ class Item:
 
 @dataclass
 class Batch:
-    """What a step sees: images (B, 3, S, S) float32 in [-1, 1], texts, and the run's sample numbers."""
+    """What a step sees: images (B, 3, S, S) float32 in [-1, 1], texts, and where they come from."""
 
     images: torch.Tensor
     captions: list[str]
     modalities: list[str]
     samples: list[int]
+    pictures: list[int]  # places of what they show in the list of items
 
     def to(self, device: torch.device) -> Batch:
         return replace(self, images=self.images.to(device, non_blocking=True))
@@ -147,7 +148,7 @@ def list_hash(items: Sequence[Item]) -> str:
 
 
 class Samples(torch.utils.data.Dataset):
-    """Sample i of a run: (image (3, S, S), caption, modality, i)."""
+    """Sample i of a run: (image (3, S, S), caption, modality, i, place of the picture in `items`)."""
 
     def __init__(self, items: Sequence[Item], config: TrainConfig):
         self.items, self.config = items, config
@@ -164,7 +165,7 @@ class Samples(torch.utils.data.Dataset):
         random = np.random.default_rng((self.config.seed, 1, sample))
         generator = torch.Generator().manual_seed(int(random.integers(2**63)))
         image = self._read(index, drawn_window(item, random))
-        return self.view(image, generator), item.caption, item.modality, sample
+        return self.view(image, generator), item.caption, item.modality, sample, index
 
     def _read(self, index: int, window: str | None) -> torch.Tensor:
         """Pixels (3, H, W); with `cache` kept, a grey image as one channel."""
@@ -224,8 +225,8 @@ def read(item: Item, window: str | None) -> torch.Tensor:
 
 
 def collate(samples: list) -> Batch:
-    images, captions, modalities, numbers = zip(*samples, strict=True)
-    return Batch(torch.stack(images), list(captions), list(modalities), list(numbers))
+    images, *others = zip(*samples, strict=True)
+    return Batch(torch.stack(images), *map(list, others))
 
 
 def batches(items: Sequence[Item], config: TrainConfig, *, start: int, rank: int, world: int) -> Iterator[Batch]:
@@ -273,13 +274,9 @@ class _Parts:
 def held_out(items: Sequence[Item], config: TrainConfig, count: int) -> Batch:
     """The first `count` images spread evenly over the list, unaugmented: what reconstruction sheets show."""
     chosen = [items[index] for index in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
-    plain = [item.source.open() for item in chosen]
-    images = []
-    for reader, item in zip(plain, chosen, strict=True):
-        if hasattr(reader, "prepare"):
-            reader.prepare()
-        images.append(resize(reader.image(item.frame).pixels, config.size))
-    return Batch(torch.stack(images), [i.caption for i in chosen], [i.modality for i in chosen], [0] * len(chosen))
+    images = torch.stack([resize(read(item, None), config.size) for item in chosen])
+    nowhere = [0] * len(chosen)
+    return Batch(images, [i.caption for i in chosen], [i.modality for i in chosen], nowhere, nowhere)
 
 
 def passes(items: Sequence[Item], config: TrainConfig) -> float:

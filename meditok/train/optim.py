@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -15,25 +15,24 @@ NO_DECAY = ("norm_scale", "bn", "ln", "bias", "logit_scale")  # parts of names, 
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, slow: Sequence[nn.Parameter] = (), share: float = 1.0
+    module: nn.Module, weight_decay: float, slow: Sequence[tuple[Iterable[nn.Parameter], float]] = ()
 ) -> list[dict]:
     """Trained parameters in groups; vectors, scalars and the names above do not decay, codebooks do. Sharded ones are
-    in groups of their own, since one update cannot mix them with others, and so are those of `slow`, which learn at
-    `share` of the rate."""
-    apart = {id(parameter) for parameter in slow}
-    groups: dict[tuple[bool, bool, bool], list] = {}
+    in groups of their own, since one update cannot mix them with others, and so are those of `slow`: each of its pairs
+    is parameters, which do not decay, and the share of the rate they learn at; shares of one parameter multiply."""
+    shares: dict[int, float] = {}
+    for parameters, share in slow:
+        for parameter in parameters:
+            shares[id(parameter)] = shares.get(id(parameter), 1.0) * share
+    groups: dict[tuple[bool, bool, float], list] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and not any(part in name for part in NO_DECAY)
-            groups.setdefault((isinstance(parameter, DTensor), not decays, id(parameter) in apart), []).append(
-                parameter
-            )
+            share = shares.get(id(parameter), 1.0)
+            key = isinstance(parameter, DTensor), not decays or id(parameter) in shares, share
+            groups.setdefault(key, []).append(parameter)
     return [
-        {
-            "params": groups[key],
-            "weight_decay": 0.0 if key[1] or key[2] else weight_decay,
-            "share": share if key[2] else 1.0,
-        }
+        {"params": groups[key], "weight_decay": 0.0 if key[1] else weight_decay, "share": key[2]}
         for key in sorted(groups)
     ]
 

@@ -17,14 +17,15 @@ from ..models.config import PATCH
 from ..models.files import DATA_FILE
 from . import checkpoint, distributed, loop
 from .config import TrainConfig
-from .data import Batch, Item, Samples, batches, check_items, find_items, held_out, list_hash
+from .data import Batch, Item, Samples, batches, check_items, find_items, held_out, list_hash, read
 from .report import write_report
-from .start import PATCHES, principal_components
+from .start import principal_components
 from .state import setting
 from .tasks.alignment import Alignment
 from .trackers import trackers
 
 SHEET_IMAGES = 8
+STATED = ("source", "licence", "licence_stated")  # columns of a manifest that data.json repeats
 CONFIG_FILE = "config.json"
 
 
@@ -39,6 +40,7 @@ def start(
     with distributed.world(device) as world:
         task = Alignment(config, world)  # first, since a teacher that is not here need not wait for the data
         items = find_items(config)
+        task.whole = lambda place: read(items[place], None)
         if fresh and world.first:
             loop.start_over(out)
         world.wait()
@@ -50,7 +52,7 @@ def start(
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / CONFIG_FILE, _as_json(config, items))
             if not ((out / DATA_FILE).exists() and checkpoint.existing(out)):  # it reads every file once
-                write_text(out / DATA_FILE, json.dumps(data_record(items)) + "\n")
+                write_text(out / DATA_FILE, json.dumps(data_record(items), indent=1) + "\n")
         told = trackers(out, config) if world.first else []
         shown = held_out(items, config, SHEET_IMAGES)
 
@@ -86,7 +88,7 @@ def start(
 def fit_start(task: Alignment, items: list[Item], config: TrainConfig) -> None:
     """Weights fitted to the run's first samples: the same on every rank."""
     samples = Samples(items, config)
-    images = [samples[i][0] for i in range(-(-PATCHES * PATCH**2 // config.size**2))]
+    images = [samples[i][0] for i in range(-(-config.start_patches * PATCH**2 // config.size**2))]
     torch.manual_seed(config.seed)
     principal_components(task.modules["generator"].core, images)
 
@@ -97,11 +99,14 @@ def _as_json(config: TrainConfig, items: list[Item]) -> str:
 
 
 def data_record(items: list[Item]) -> dict:
-    """What data.json beside the weights says: how many images, the hash of their list, and the fingerprint of every
-    file, by which `meditok evaluate` refuses them."""
+    """What data.json beside the weights says: how many images, the hash of their list, how many of each source with its
+    licence where a manifest states it, and the fingerprint of every file, by which `meditok evaluate` refuses them."""
     sources = {id(item.source): item.source for item in items}
     files = sorted({each for source in sources.values() for each in fingerprints(source)})
-    return {"images": len(items), "list_sha256": list_hash(items), "files": files}
+    counts = Counter((item.modality, *(item.source.columns.get(key, "") for key in STATED)) for item in items)
+    keys = ("modality", *STATED, "images")
+    stated = [dict(zip(keys, (*key, count), strict=True)) for key, count in sorted(counts.items()) if any(key[1:])]
+    return {"images": len(items), "list_sha256": list_hash(items), "sources": stated, "files": files}
 
 
 @torch.no_grad()

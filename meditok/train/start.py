@@ -26,8 +26,8 @@ from ..models.vitamin import Encoder
 from ..nn.attention import ProjectionAttention, SelfAttention
 from ..nn.blocks import GeGLU, InvertedBottleneck
 
-PATCHES = 131_072  # patches the components and codes are fitted to, about
-ROUNDS = 10  # of k-means
+ROUNDS = 15  # of k-means
+RARE = 0.4  # codes with less than this share of the mean count move to where the patches are
 SPREAD = 0.1
 CONSTANTS = 16  # channels that hold +-CONSTANT, by which later layers undo what layer norms take away
 CONSTANT = 2.0
@@ -163,7 +163,7 @@ def _spherical_means(pieces: torch.Tensor, count: int) -> torch.Tensor:
     codes = pieces[torch.randperm(len(pieces))[:count].repeat(-(-count // len(pieces)))[:count]].transpose(0, 1)
     for _ in range(ROUNDS):
         counts, sums = ops.vq_stats(pieces, ops.vq_assign(pieces, codes.contiguous()), count)
-        codes = torch.where((counts > 0)[..., None], F.normalize(sums, dim=-1), some(count))
+        codes = torch.where((counts > RARE * len(pieces) / count)[..., None], F.normalize(sums, dim=-1), some(count))
     return codes.contiguous()
 
 
@@ -199,8 +199,10 @@ def _soften(
     least squares, all from one table of products over a patch's 3 x 3 neighbourhood.
     """
     k = decoded.shape[1]
-    around = torch.cat([_neighbourhoods(part, *side) for part, side in zip(_split(decoded, sides), sides, strict=True)])
-    gram, cross = _products(around, around), _products(around, centred)
+    gram = cross = 0
+    for near, target, side in zip(_split(decoded, sides), _split(centred, sides), sides, strict=True):
+        around = _neighbourhoods(near, *side).double()
+        gram, cross = gram + around.T @ around, cross + around.T @ target.double()
     reach = {-1: range(overlap), 0: range(overlap, PATCH - overlap), 1: range(PATCH - overlap, PATCH)}
     place = torch.arange(3 * PATCH**2).view(3, PATCH, PATCH)
     for (down, rows), (right, columns) in itertools.product(reach.items(), repeat=2):

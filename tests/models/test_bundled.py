@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import tarfile
@@ -14,7 +15,9 @@ import torch
 import meditok
 from meditok.evaluate.metrics import psnr
 from meditok.models.files import bundled
-from meditok.train.pictures import fingerprints, list_hash, manifest_rows
+from meditok.train.config import load_config
+from meditok.train.data import find_items
+from meditok.train.run import data_record
 
 DATA = Path(os.environ.get("MEDITOK_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
@@ -55,10 +58,9 @@ def test_every_source_of_the_training_images_is_attributed():
 def test_the_training_list_is_what_the_manifest_allows():
     if not DATA.is_dir():
         pytest.skip("manifest.csv of the training images is not here; set MEDITOK_SHARED")
-    rows = manifest_rows(DATA / "manifest.csv", "train", publishable=True)
+    config = load_config("tiny-stage2", [f"data={DATA}", "include=train/*", "weights_ok=true"])  # as the card has it
     recorded = json.loads((bundled()["tiny"].parent / "data.json").read_text())
-    assert (len(rows), list_hash(rows)) == (recorded["images"], recorded["list_sha256"])
-    assert fingerprints(DATA, rows) == recorded["files"]  # by which `meditok evaluate` refuses them
+    assert data_record(find_items(config)) == recorded  # its `files` are what `meditok evaluate` refuses
 
 
 def test_an_image_it_never_saw_comes_back_recognisably(tiny):
@@ -94,9 +96,11 @@ def test_the_recorded_measurements_come_out_again_on_one_modality(recorded, tmp_
     (tmp_path / "key").write_bytes(b"a key for tests")
     (tmp_path / "key").chmod(0o600)
     monkeypatch.setenv("MEDITOK_KEY_FILE", str(tmp_path / "key"))
-    wanted = {row["path"].split("#")[1] for row in manifest_rows(DATA / "manifest.csv", "val", publishable=False)
-              if row["modality"] == "X-ray"}  # fmt: skip
-    keys = {name.rpartition(".")[0] for name in wanted}
+    with open(DATA / "manifest.csv", newline="", encoding="utf-8") as file:
+        rows = [
+            r for r in csv.DictReader(file) if r["modality"] == "X-ray" and r["split"] == "val" and "#" in r["path"]
+        ]
+    keys = {row["path"].partition("#")[2].rpartition(".")[0] for row in rows}
     source, target = DATA / "train" / "meditok-val-000.tar", tmp_path / "xr.tar"
     with tarfile.open(source) as whole, tarfile.open(target, "w") as part:
         for member in whole:

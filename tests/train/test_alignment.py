@@ -18,7 +18,7 @@ import meditok
 from meditok.cli import run as command
 from meditok.errors import MissingPartError
 from meditok.train import checkpoint
-from meditok.train.data import batches, find_items
+from meditok.train.data import batches, find_items, read
 from meditok.train.distributed import World
 from meditok.train.tasks.alignment import Alignment
 
@@ -75,6 +75,38 @@ def test_heads_alone_learn_and_leave_tokens_and_reconstructions_as_they_are(data
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     assert torch.equal(first.reconstruct(x), last.reconstruct(x)) and first.codebook_hash == last.codebook_hash
     assert not torch.equal(first.embed(x), last.embed(x))
+
+
+def test_an_encoder_at_rate_zero_keeps_its_tokens_while_the_decoder_learns(data, tmp_path):
+    meditok.build("tiny", seed=3, **stages.MODEL).save_pretrained(tmp_path / "first")
+    options = dict(adversarial=0.0, perceptual=0.0, ssim=1.0, encoder_lr=0.0, codebook_update="frozen", ema=0.0)
+    options |= dict(teacher_view="whole", store="float16", steps=8)
+    rows = stages.go(tmp_path / "out", data=data, init=str(tmp_path / "first"), **options)
+    assert rows[-1]["ssim"] < rows[0]["ssim"] and rows[-1]["contrastive"] > 0
+    first, last = (meditok.load(tmp_path / name, device="cpu") for name in ("first", "out/model.safetensors"))
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert (first.tokenize(x) != last.tokenize(x)).float().mean() < 0.02  # float16 moves a few
+    assert not torch.allclose(first.detokenize(first.tokenize(x)), last.detokenize(first.tokenize(x)), atol=1e-2)
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_a_teacher_of_whole_pictures_reads_each_once_and_not_the_crops(data):
+    config = stages.settings(data=data, teacher_view="whole", adversarial=0.0, perceptual=0.0, crop_scale=(0.3, 0.5))
+    task = Alignment(config, World(0, 1, torch.device("cpu")))
+    items = find_items(config)
+    asked = []
+
+    def whole(place: int) -> torch.Tensor:
+        asked.append(place)
+        return read(items[place], None)
+
+    task.whole = whole
+    for step in range(3):
+        batch = next(batches(items, config, start=step, rank=0, world=1))
+        target = task._target(batch)
+        for row, place in zip(target, batch.pictures, strict=True):
+            assert torch.equal(row, task.teacher(read(items[place], None)[None])[0])
+    assert len(asked) == len(set(asked)) > 4
 
 
 @pytest.mark.parametrize("target", ["image", "text"])
@@ -146,7 +178,7 @@ def test_recomputing_activations_changes_no_gradient(data):
 def test_the_command_trains_and_goes_on(data, tmp_path, capfd):
     (tmp_path / "own.toml").write_text(
         'base = "tiny-stage1"\nperceptual = 0.0\ncontrastive = 0.0\nsize = 32\nbatch = 2\nworkers = 0\nlog_every = 1\n'
-        "weights_ok = false\n"
+        "start_patches = 256\n"
     )
     arguments = ["train", str(tmp_path / "own.toml"), "--out", str(tmp_path / "out"), f"--data={data}", "--steps=2"]
     assert command(arguments) == 0
@@ -154,7 +186,7 @@ def test_the_command_trains_and_goes_on(data, tmp_path, capfd):
     assert command(arguments) == 0  # nothing to do
     assert "going on from step 2" in capfd.readouterr().err
     assert command([*arguments, "--lr=1"]) == 2
-    assert "lr 0.0001, now 1.0" in capfd.readouterr().err
+    assert "lr 0.001, now 1.0" in capfd.readouterr().err
     assert command([*arguments, "--learning=1"]) == 2
     assert "no setting learning" in capfd.readouterr().err
     assert command([*arguments, "--lr=1", "--fresh"]) == 0

@@ -51,12 +51,11 @@ def test_a_model_that_is_no_transform_codec_is_refused():
         principal_components(meditok.build("vitamin-small"), images(1, components=3))
 
 
-def test_a_run_starts_there_and_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "PATCHES", 500)
+def test_a_run_starts_there_and_resumes_bit_for_bit(tmp_path):
     data = str(stages.pictures(tmp_path / "data"))
     options = dict(
-        data=data, model=SMALL, start="pca", log_l2=0.1, perceptual=0.0, contrastive=0.0, adversarial=0.0,
-        codebook_update="ema", cache=True,
+        data=data, model=SMALL, start="pca", start_patches=500, log_l2=0.1, perceptual=0.0, contrastive=0.0,
+        adversarial=0.0, codebook_update="ema", cache=True,
     )  # fmt: skip
     rows = stages.go(tmp_path / "a", **options)
     assert all(row["log_l2"] < 0 for row in rows)

@@ -81,7 +81,7 @@ def batches(config: TrainConfig, world):
         for number in range(step * config.batch + world.rank * share, config.steps * config.batch, share * world.size):
             samples = list(range(number, number + share))
             images = [torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(i)) for i in samples]
-            yield Batch(torch.stack(images), [""] * share, [""] * share, samples)
+            yield Batch(torch.stack(images), [""] * share, [""] * share, samples, samples)
 
     return start
 

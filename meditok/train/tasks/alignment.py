@@ -3,8 +3,8 @@
 Both stages are this one task; a config says what images are aligned with: the features of a frozen vision tower on the
 same image (stage 1), or those of a frozen text tower on its caption (stage 2).
 
-    generator       l1 |r - x| + l2 (r - x)^2 + log_l2 ln mean (r - x)^2 + perceptual + vq + g w adversarial
-                    + contrastive InfoNCE
+    generator       l1 |r - x| + l2 (r - x)^2 + log_l2 ln mean (r - x)^2 + ssim (1 - SSIM) + perceptual + vq
+                    + g w adversarial + contrastive InfoNCE
     discriminator   hinge + consistency, on the reconstructions of the generator's phase
 """
 
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from ...models.tokenizer import Tokenizer, TrainingOutput
 from ...objectives import adversarial, contrastive, diffaug, reconstruction
 from ...objectives.perceptual import build_perceptual
 from ..config import TrainConfig
-from ..data import Batch
+from ..data import Batch, resize
 from ..distributed import World
 from ..optim import learning_rate, parameter_groups
 
@@ -42,7 +43,8 @@ HEADS = ("logit_scale", "fc_norm.", "projection.")  # of the tokenizer, towards 
 class Outputs(NamedTuple):
     """A training pass of the generator."""
 
-    model: TrainingOutput
+    model: TrainingOutput | None  # None where the heads alone are trained
+    features: Tensor | None  # (B, E) the model's in the shared space
     target: Tensor | None  # (B, E) the teacher's features in the shared space
     scale: Tensor | None  # () logarithm of the temperature's inverse
 
@@ -58,12 +60,13 @@ class Aligned(nn.Module):
             self.text_fc_norm = nn.LayerNorm(teacher_width, eps=1e-6)
             self.text_projection = nn.Linear(teacher_width, tokenizer.config.embed_dim)
 
-    def forward(self, images: Tensor, teacher: Tensor | None) -> Outputs:
-        """images (B, 3, H, W) in [-1, 1]; teacher (B, teacher_width) or None."""
-        out = self.core(images)
+    def forward(self, images: Tensor, teacher: Tensor | None, pooled: bool = False) -> Outputs:
+        """images (B, 3, H, W) in [-1, 1], or mean decoder inputs (B, width) of them; teacher (B, teacher_width)."""
+        out = None if pooled else self.core(images)
+        features = self.core.aligned(images) if pooled else out.features
         if not self.aligns:
-            return Outputs(out, None, None)
-        return Outputs(out, self.text_projection(self.text_fc_norm(teacher)), self.core.logit_scale)
+            return Outputs(out, features, None, None)
+        return Outputs(out, features, self.text_projection(self.text_fc_norm(teacher)), self.core.logit_scale)
 
 
 class TextHead(NamedTuple):
@@ -143,12 +146,15 @@ class Alignment:
         if config.heads_only:
             for name, parameter in core.named_parameters():
                 parameter.requires_grad_(name.startswith(HEADS))
+        elif not config.encoder_lr:
+            core.encoder.requires_grad_(False)
+            core.quant_proj.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"generator": generator}
-        self.terms: tuple[str, ...] = ("l1", "l2", "vq")
-        if config.log_l2:
-            self.terms += ("log_l2",)
+        self.terms: tuple[str, ...] = () if config.heads_only else ("l1", "l2", "vq")
+        self.terms += ("log_l2",) if config.log_l2 else ()
+        self.terms += ("ssim",) if config.ssim else ()
         self.perceptual = None
-        if config.perceptual:
+        if config.perceptual and not config.heads_only:
             self.perceptual = build_perceptual(config.perceptual_net, config.perceptual_weights).to(world.device)
             self.terms += ("perceptual",)
         if config.contrastive:
@@ -159,6 +165,9 @@ class Alignment:
             self.terms += ("adversarial", "hinge", "consistency")
         self.weight = 0.0  # the adaptive one, last used
         self.usage = 0.0
+        self.whole: Callable[[int], Tensor] | None = None  # the picture (3, H, W) at a place of the list of items
+        self._known: dict[str | int, Tensor] = {}  # the teacher's features of captions, or of whole pictures
+        self._means: dict[int, Tensor] = {}  # the model's of whole pictures
         self._pairs: list[tuple[Tensor, Tensor]] = []  # images and reconstructions of this step's micro-batches
 
     def _towers(self) -> tuple[str, int]:
@@ -181,8 +190,11 @@ class Alignment:
         config = self.config
         if phase == "generator":
             ends = [part for part in self.modules[phase].modules() if isinstance(part, Patches | PatchesBack)]
-            slow = [p for part in ends for p in part.proj.parameters() if p.requires_grad]
-            groups = parameter_groups(self.modules[phase], config.weight_decay, slow, config.ends_lr)
+            slow = [(part.proj.parameters(), config.ends_lr) for part in ends if config.ends_lr != 1]
+            core = self.modules[phase].core
+            if config.encoder_lr != 1:
+                slow += [(part.parameters(), config.encoder_lr) for part in (core.encoder, core.quant_proj)]
+            groups = parameter_groups(self.modules[phase], config.weight_decay, slow)
             return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         groups = parameter_groups(self.modules[phase], config.disc_weight_decay)
         return torch.optim.AdamW(groups, lr=config.disc_lr, betas=config.disc_betas, eps=config.eps)
@@ -205,23 +217,27 @@ class Alignment:
 
     def finish_step(self, step: int) -> None:
         core = self.modules["generator"].core
-        core.quantizer.update()
+        if not self.config.heads_only:
+            core.quantizer.update()
         if self.teacher:
             contrastive.clamp_log_scale_(core.logit_scale)
         self._pairs.clear()
 
     def health(self) -> dict[str, float]:
         """Per cent of codes in use in the last batch, the worst codebook of the running window, and the guard rails."""
+        scale = (
+            {"logit_scale": float(self.modules["generator"].core.logit_scale.detach().exp())} if self.teacher else {}
+        )
+        if self.config.heads_only:
+            return scale
         window = self.modules["generator"].core.quantizer.health()
-        values = {
+        values = scale | {
             "usage": self.usage,
             "usage_min": 100 * window.usage_min,
             "perplexity_min": window.perplexity_min,
             "dead_max": 100 * window.dead_max,
             "revived": window.revived,
         }
-        if self.teacher:
-            values["logit_scale"] = float(self.modules["generator"].core.logit_scale.detach().exp())
         if self.config.adversarial:
             values["adversarial_weight"] = self.weight
         return values
@@ -243,15 +259,18 @@ class Alignment:
             config = dataclasses.replace(config, text_teacher=text_teacher, text_width=text_width)
         else:
             state = {key: value for key, value in state.items() if not key.startswith("text_")}
-        write_model(model_from_state(config, state, str(path)), path)
+        write_model(model_from_state(config, state, str(path)), path, getattr(torch, self.config.store))
 
     # ---- phases --------------------------------------------------------------------------------------------------
 
     def _generator(self, generator: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         config, images = self.config, batch.images
         target = self._target(batch) if self.teacher else None
-        out, target, scale = generator(images, target)
-        r = out.reconstruction
+        if config.heads_only:
+            outputs = generator(self._pooled(batch), target, pooled=True)
+            return {"contrastive": self._contrastive(outputs, batch)}
+        outputs = generator(images, target)
+        out, r = outputs.model, outputs.model.reconstruction
         self.usage = float(out.usage)
         terms = {
             "l1": config.l1 * reconstruction.l1(r, images),
@@ -259,6 +278,8 @@ class Alignment:
         }
         if config.log_l2:
             terms["log_l2"] = config.log_l2 * reconstruction.log_l2(r, images)
+        if config.ssim:
+            terms["ssim"] = config.ssim * (1 - reconstruction.ssim(r, images))
         if self.perceptual:
             distance = config.perceptual * self.perceptual(r, images)
             if distance.requires_grad:  # not of images too small for it
@@ -268,10 +289,7 @@ class Alignment:
         likelihood = torch.stack(list(terms.values())).sum()
         terms["vq"] = config.vq * out.vq_loss
         if self.teacher:
-            same = None
-            if config.target == "text":
-                same = contrastive.caption_keys(batch.captions).to(images.device)
-            terms["contrastive"] = config.contrastive * contrastive.info_nce(out.features, target, scale, same)
+            terms["contrastive"] = self._contrastive(outputs, batch)
         if config.adversarial:
             self._pairs.append((images, r.detach()))
             ramp = adversarial.ramp(step, config.adversarial_ramp, config.adversarial_start)
@@ -279,13 +297,34 @@ class Alignment:
                 terms["adversarial"] = ramp * config.adversarial * self._fool(r, likelihood, batch, step)
         return terms
 
+    def _contrastive(self, outputs: Outputs, batch: Batch) -> Tensor:
+        same = None
+        if self.config.target == "text":
+            same = contrastive.caption_keys(batch.captions)
+        elif self.config.teacher_view == "whole" or self.config.heads_only:
+            same = torch.tensor(batch.pictures)
+        same = None if same is None else same.to(outputs.features.device)
+        return self.config.contrastive * contrastive.info_nce(outputs.features, outputs.target, outputs.scale, same)
+
+    @torch.no_grad()
+    def _pooled(self, batch: Batch) -> Tensor:
+        """Mean decoder inputs (B, width) of the whole pictures, which heads alone do not change: computed once."""
+        core = self.modules["generator"].core
+        for key in set(batch.pictures) - set(self._means):
+            picture = resize(self.whole(key), self.config.size)[None].to(core.device)
+            self._means[key] = core.latents(picture, "post")[0].mean(0)
+        return torch.stack([self._means[key] for key in batch.pictures])
+
     def _target(self, batch: Batch) -> Tensor:
-        """The teacher's features (B, width); a caption that several images share is read once."""
-        if self.config.target == "image":
+        """The teacher's features (B, width); those of captions and whole pictures are kept, each computed by itself so
+        that neither batches nor interruptions change them."""
+        if self.config.target == "image" and self.config.teacher_view == "crop":
             return self.teacher(batch.images)
-        captions = list(dict.fromkeys(batch.captions))
-        place = {caption: index for index, caption in enumerate(captions)}
-        return self.teacher(captions)[[place[caption] for caption in batch.captions]]
+        keys = batch.captions if self.config.target == "text" else batch.pictures
+        for key in set(keys) - set(self._known):
+            seen = [key] if self.config.target == "text" else self.whole(key)[None].to(self.world.device)
+            self._known[key] = self.teacher(seen)[0]
+        return torch.stack([self._known[key] for key in keys])
 
     def _fool(self, r: Tensor, likelihood: Tensor, batch: Batch, step: int) -> Tensor:
         """The adversarial term with its adaptive weight; the discriminator itself takes no gradient from it."""
