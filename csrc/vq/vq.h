@@ -60,11 +60,11 @@ struct LookupParams {
 //   slot    int32 (T, 32)          which code stands there, rising
 // The filter does not look for codes with a NaN or infinity, for padding, nor for exact copies of an earlier
 // code. The last two parts have room for widths kInt16Narrowest..kInt16Widest only, are read by CPU only, and hold
-// something where int16_codes > 0 (vq_filter.h says when).
+// something where int16_codes > 0 (vq_filter.h says when; beyond 32 columns only where the instruction set reads them).
 
 constexpr int64_t kTileCodes = 32;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kInt16Narrowest = 3, kInt16Widest = 32;  // widths with an int16 part
+constexpr int64_t kInt16Narrowest = 3, kInt16Widest = 2048;  // widths with an int16 part
 
 struct PackedHeader {
     uint64_t magic;

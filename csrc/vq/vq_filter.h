@@ -17,19 +17,21 @@
 // scored again, in float64, in rising order, the first best winning. A slack of 8u|L| absorbs the rounding of
 // L and F + E.
 //
-// The int16 filter (CPU, widths 3 to 32) stands before the float32 one. Both metrics become a product of vectors:
+// The int16 filter (CPU, widths 3 to 2,048) stands before the float32 one. Both metrics become a product of vectors:
 //     cosine  a = s x, b = t c/|c|;     l2  a = s (x, m), b = t (c, -|c|^2 / (2 m)), a.b = s t S,  m = M / sqrt 2,
-// M being the largest norm of the group's filter codes. s and t make |a| = 32764 and |b| <= 32764 (for l2 the appended
-// vector is at most M sqrt 1.5 long). A and B are a and b rounded to integers, D = C or C + 1 columns:
-//   - |A|, |B| <= 32764 + sqrt(33) / 2 < 32767, so by Cauchy and Schwarz no partial sum of F = A.B leaves 31 bits;
+// M being the largest norm of the group's filter codes (1 for cosine). s and t make |a| = 32764 and |b| <= 32764 (for
+// l2 the appended vector is at most M sqrt 1.5 long). A and B are a and b rounded to integers, D = C or C + 1 columns:
+//   - |A|, |B| <= 32764 + sqrt(2049) / 2 < 32787, so by Cauchy and Schwarz no partial sum of F = A.B leaves 31 bits;
 //   - |F - a.b| <= (|a|_1 + |b|_1) / 2 + D / 4 <= 32764 sqrt D + D / 4;
+//   - wide rows are scaled in float32: three roundings of each a_i move F by at most 3 u 32764 32787 < 193;
 //   - float64 rounding of a and b, and the canonical score itself in units of 1 / (s t), add less than 2: for l2
-//     because |x| <= 2^16 M is asked for, (|x| + M)^2 s t being at most 32764^2 sqrt 2 (1 + |x| / M).
-// So |F - a.b| <= E = 32764 sqrt D + D / 4 + 2, the same number for every row and code, and the best code has
-// F >= largest F - 2 E. A row with more than kInt16Candidates such codes goes on to the float32 filter.
-// The band is 2 E / 32764^2 ~ 5e-4 of the largest score at most. It is of no use in one or two dimensions, nor for l2
-// where it is wide against the spread of the codes (an outlier, or a codebook far from the origin): packing leaves it
-// out where M^2 > kInt16Spread times the mean squared distance of the filter codes from their mean.
+//     because |x| <= 2^10 M is asked for, (|x| + M)^2 s t being at most 32764^2 sqrt 2 (1 + |x| / M).
+// So |F - a.b| <= E = 32764 sqrt D + D / 4 + 195, the same number for every row and code, and the best code has
+// F >= largest F - 2 E. A row with too many such codes goes on to the float32 filter.
+// The band is 2 sqrt D / 32764 of |a| |b|: 5e-4 at 32 columns, 2e-3 at 1,000. It is of no use in one or two dimensions,
+// nor where it is wide against the spread of the codes (an outlier, or a codebook far from the origin): packing leaves
+// it out (l2, and cosine beyond 32 columns) where M^2 > int16_spread times the mean squared distance of the filter codes
+// from their mean. Scores of D columns spread by about |x| sqrt(distance / D), of which the band shall be 0.3 at most.
 //
 // Cosine does not depend on the length of x, so x is scaled by a power of two until its largest element lies in
 // [0.5, 1). Vectors or codes outside the ranges below take the canonical loop over all codes instead.
@@ -68,15 +70,19 @@ MEDITOK_HD inline Bound make_bound(int64_t width) {
 }
 
 constexpr double kInt16Length = 32764.0;
-constexpr double kInt16Spread = 64.0;
-constexpr double kInt16LongestX = 65536.0;                     // 2^16, of M
+constexpr double kInt16LongestX = 1024.0;                      // of M
 constexpr double kInt16SmallestNorm = 3.872591914849318e-121;  // 2^-400 <= M: no square underflows
 constexpr int64_t kInt16Candidates = 16;                       // about the cost of the filter itself
 
 // 2 E
 inline int32_t int16_band(int64_t columns) {
     const double terms = static_cast<double>(columns);
-    return 2 * static_cast<int32_t>(kInt16Length * sqrt(terms) + 0.25 * terms + 3.0);
+    return 2 * static_cast<int32_t>(kInt16Length * sqrt(terms) + 0.25 * terms + 196.0);
+}
+
+inline double int16_spread(int64_t columns) {
+    const double ratio = 0.15 * kInt16Length / static_cast<double>(columns), most = 64.0;
+    return ratio * ratio < most ? ratio * ratio : most;
 }
 
 // The nearest integer of a |value| < 2^15: the low bits of the sum are the rounded value.

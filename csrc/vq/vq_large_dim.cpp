@@ -1,7 +1,8 @@
 // vq_assign on CPU for more than kSmallWidth columns: a blocked matrix product whose scores live for one block of
 // rows and 128 codes only. From each block of scores every row keeps the codes that can still be the best; in the
 // end they, if more than one, get their canonical score, in rising order, the first best winning. No array of
-// rows x codes exists. The bound that decides is that of vq_filter.h.
+// rows x codes exists. The bounds that decide are those of vq_filter.h: of the int16 filter where there is one, and of
+// the float32 filter for the rows that are not for it or of which it leaves too many codes.
 
 #include "vq/vq_large_dim.h"
 
@@ -11,6 +12,7 @@
 
 #include "common/isa.h"
 #include "common/threads.h"
+#include "vq/vq_large_dim_rows.h"
 #include "vq/vq_train_cpu.h"
 
 namespace meditok {
@@ -23,123 +25,21 @@ LargeDimKernel choose_kernel() {
         case Isa::kAvx2: return large_dim_avx2();
 #endif
 #if defined(MEDITOK_HAVE_AVX512)
-        case Isa::kAvx512:
-        case Isa::kAvx512Vnni: return large_dim_avx512();
+        case Isa::kAvx512: return large_dim_avx512();
+#endif
+#if defined(MEDITOK_HAVE_AVX512VNNI)
+        case Isa::kAvx512Vnni: return large_dim_avx512vnni();
 #endif
 #if defined(MEDITOK_HAVE_NEON)
         case Isa::kNeon: return large_dim_neon();
 #endif
-        default: return LargeDimKernel{nullptr, nullptr, 1};
+        default: return LargeDimKernel{nullptr, nullptr, 1, nullptr, nullptr, nullptr};
     }
-}
-
-// What becomes of a row: its id is known already, the canonical loop finds it, or the filter does.
-struct Fate {
-    enum Kind { kKnown, kCanonical, kFilter } kind;
-    int64_t id;
-    double scale;  // the filter sees x * scale, a power of two
-    double norm;   // of that
-};
-
-// From a sum of squares in float64; where it over- or underflows, the canonical loop decides.
-Fate row_fate(const double* x, double square, int64_t width, const PackedView& view, Metric metric) {
-    const Fate nowhere{Fate::kKnown, -1, 1.0, 0.0}, canonical{Fate::kCanonical, -1, 1.0, 0.0};
-    if (view.group->choosable == 0) return nowhere;
-    if (!is_finite(square)) {
-        for (int64_t i = 0; i < width; ++i) {
-            if (!is_finite(x[i])) return nowhere;
-        }
-        return canonical;
-    }
-    if (view.group->unsafe > 0 || width > kLargestWidth) return canonical;
-    const double norm = std::sqrt(square);
-    if (metric == Metric::kL2) return norm < kLargestL2 ? Fate{Fate::kFilter, -1, 1.0, norm} : canonical;
-    if (!(norm > kSmallestCosine && norm < kLargestCosine)) {
-        for (int64_t i = 0; i < width; ++i) {
-            if (x[i] != 0.0) return canonical;
-        }
-        return {Fate::kKnown, view.group->first_choosable, 1.0, 0.0};  // every score is 0
-    }
-    int exponent;
-    std::frexp(norm, &exponent);
-    const double scale = std::ldexp(1.0, -exponent);
-    return {Fate::kFilter, -1, scale, norm * scale};
 }
 
 constexpr int64_t kXFloats = 65536;  // rows of a block: 256 KiB, half of a second-level cache
 constexpr int64_t kFewestRows = 24;  // but enough to pay for reading the codes
-constexpr int kMostHeld = 8;
-
-// Codes of one row that may be best. When there is no room for another, those held are scored.
-struct Held {
-    int count;
-    int32_t code[kMostHeld];
-    float upper[kMostHeld];
-    bool scored;  // `best` holds the best of the codes scored so far
-    Best best;
-};
-
-struct Block {
-    const AssignParams& params;
-    int64_t group;
-    PackedView view;
-    double* wide;  // scratch: the row last widened
-    int64_t wide_row;
-    int64_t row[kMaxBlockRows];
-    float x_norm[kMaxBlockRows], lower[kMaxBlockRows];
-    Held held[kMaxBlockRows];
-
-    void widen(int64_t wanted) {
-        if (wide_row == wanted) return;
-        wide_row = wanted;
-        for_dtype(params.x_type, [&](auto element) {
-            using T = decltype(element);
-            const T* x =
-                static_cast<const T*>(params.x) + wanted * params.row_stride + group * params.group_stride;
-            for (int64_t i = 0; i < params.codebook.width; ++i)
-                wide[i] = to_double(x[i * params.column_stride]);
-        });
-    }
-
-    // Drops codes that cannot be best any more.
-    void prune(Held& entry, float limit) {
-        int kept = 0;
-        for (int i = 0; i < entry.count; ++i) {
-            if (!(entry.upper[i] >= limit)) continue;
-            entry.code[kept] = entry.code[i];
-            entry.upper[kept++] = entry.upper[i];
-        }
-        entry.count = kept;
-    }
-
-    void score(Held& entry, int64_t slot) {
-        widen(row[slot]);
-        for (int i = 0; i < entry.count; ++i) {
-            const int64_t code = entry.code[i];
-            entry.best.consider(
-                score_code(params.codebook, group, code, view.norm[code], params.metric, wide), code);
-        }
-        entry.scored = true;
-        entry.count = 0;
-    }
-
-    static void candidate(void* context, int64_t slot, int64_t code, float upper) {
-        Block& block = *static_cast<Block*>(context);
-        Held& entry = block.held[slot];
-        if (entry.count == kMostHeld) block.prune(entry, block.lower[slot]);
-        if (entry.count == kMostHeld) block.score(entry, slot);
-        entry.code[entry.count] = static_cast<int32_t>(code);
-        entry.upper[entry.count++] = upper;
-    }
-
-    int64_t winner(int64_t slot) {
-        Held& entry = held[slot];
-        prune(entry, lower[slot]);
-        if (entry.count == 1 && !entry.scored) return entry.code[0];
-        score(entry, slot);
-        return entry.best.code;
-    }
-};
+const int32_t kNoBias[kBlockTiles * kTileCodes] = {};
 
 class LargeDim {
   public:
@@ -150,15 +50,27 @@ class LargeDim {
           rows_(train_kernels()),
           codebook_(params.codebook),
           layout_(packed_layout(codebook_.groups, codebook_.codes, codebook_.width)) {
-        int64_t rows = kXFloats / codebook_.width;
-        rows = rows < kFewestRows ? kFewestRows : rows > kMaxBlockRows ? kMaxBlockRows : rows;
-        block_rows_ = rows / kernel.panel_rows * kernel.panel_rows;
+        const auto fitting = [&](int64_t words) {
+            int64_t rows = kXFloats / words;
+            rows = rows < kFewestRows ? kFewestRows : rows > kMaxBlockRows ? kMaxBlockRows : rows;
+            return rows / kernel.panel_rows * kernel.panel_rows;
+        };
         // An odd number of cache lines, so that the rows of a panel do not fall into the same set of the cache.
-        x_stride_ = ((codebook_.width + 15) / 16 | 1) * 16;
-        x_bytes_ = align_up(static_cast<size_t>(block_rows_ * x_stride_) * sizeof(float));
+        const auto lines = [](int64_t words) { return ((words + 15) / 16 | 1) * 16; };
+        int16_ = kernel.int16_product != nullptr && codebook_.width <= kInt16Widest;
+        pairs_ = int16_pairs(codebook_.width, params.metric);
+        float_rows_ = fitting(codebook_.width);
+        block_rows_ = int16_ ? fitting(pairs_) : float_rows_;
+        x_stride_ = lines(codebook_.width);
+        pair_stride_ = lines(pairs_);
+        const int64_t float_words = float_rows_ * x_stride_,
+                      int16_words = int16_ ? block_rows_ * pair_stride_ : 0;
+        const int64_t words = float_words > int16_words ? float_words : int16_words;
+        x_bytes_ = align_up(static_cast<size_t>(words) * sizeof(float));
         score_bytes_ = align_up(static_cast<size_t>(block_rows_ * kBlockTiles * kTileCodes) * sizeof(float));
-        scratch_bytes_ =
-            x_bytes_ + score_bytes_ + align_up(static_cast<size_t>(codebook_.width) * sizeof(double));
+        wide_bytes_ = align_up(static_cast<size_t>(codebook_.width) * sizeof(double));
+        const size_t row_bytes = align_up(static_cast<size_t>(x_stride_) * sizeof(float));
+        scratch_bytes_ = x_bytes_ + score_bytes_ + wide_bytes_ + row_bytes;
     }
 
     void run(int threads) {
@@ -182,14 +94,13 @@ class LargeDim {
     }
 
   private:
-    // Writes a row for the filter; leaves it widened where the filter is not to see it.
-    Fate prepare(Block& block, int64_t row, float* out) const {
+    // Writes a row for the float32 filter; leaves it widened where the filter is not to see it.
+    Fate prepare(LargeDimBlock& block, int64_t row, float* out) const {
         const int64_t width = codebook_.width;
-        if (params_.x_type == Dtype::kFloat32 && params_.column_stride == 1) {
-            const float* x = static_cast<const float*>(params_.x) + row * params_.row_stride +
-                             block.group * params_.group_stride;
+        const float* x = block.plain_row(row);
+        if (x != nullptr) {
             const double square = rows_.single.square(x, width);
-            if (square > 1e-36 && square < 1e36) {  // the rest is rare and takes its time
+            if (square > kLeastSquare && square < kMostSquare) {
                 const Fate fate = row_fate(block.wide, square, width, block.view, params_.metric);
                 if (fate.kind == Fate::kFilter) {
                     const float scale = static_cast<float>(fate.scale);
@@ -205,43 +116,119 @@ class LargeDim {
         return fate;
     }
 
+    // Writes a row for the int16 filter; false where it is not for it. `copy` is scratch for a row of floats.
+    bool prepare_int16(LargeDimBlock& block, int64_t row, float* copy, int16_t* out) const {
+        const int64_t width = codebook_.width;
+        const double last = block.view.group->last_column, longest = kInt16LongestX * last;
+        const float* x = block.plain_row(row);
+        if (x == nullptr) {
+            block.widen(row);
+            for (int64_t i = 0; i < width; ++i) copy[i] = static_cast<float>(block.wide[i]);
+            x = copy;
+        }
+        const double square = rows_.single.square(x, width);
+        if (!(square > kLeastSquare && square < kMostSquare)) return false;  // NaN is neither
+        const bool cosine = params_.metric == Metric::kCosine;
+        if (!cosine && square > longest * longest) return false;
+        const double scale = kInt16Length / std::sqrt(square + last * last);
+        out[pairs_ * 2 - 1] = 0;  // the column after an odd number of them
+        kernel_.round(x, static_cast<float>(scale), width, out);
+        if (!cosine) out[width] = round_to_int16(last * scale);
+        return true;
+    }
+
     void assign(int64_t group, int64_t begin, int64_t end, unsigned char* scratch) const {
-        const int64_t width = codebook_.width, groups = codebook_.groups, panel = kernel_.panel_rows;
+        const PackedView view = packed_view(params_.packed, layout_, group);
+        double* wide = reinterpret_cast<double*>(scratch + x_bytes_ + score_bytes_);
+        float* copy = reinterpret_cast<float*>(scratch + x_bytes_ + score_bytes_ + wide_bytes_);
+        int16_t* x = reinterpret_cast<int16_t*>(scratch);
+        LargeDimBlock block{params_, rows_.single, group, view, wide, -1, 0, {}, {}, {}, {}, {}};
+        int64_t left[kMaxBlockRows], left_count = 0;  // for the float32 filter
+        const bool int16 = int16_ && view.group->int16_codes > 0;
+        for (int64_t row = begin; row < end; ++row) {
+            params_.ids[row * codebook_.groups + group] = -1;
+            if (hook_.mask != nullptr && hook_.mask[row * hook_.mask_stride] == 0) continue;
+            if (int16 && prepare_int16(block, row, copy, x + block.slots * pair_stride_ * 2)) {
+                block.add(row);
+            } else {
+                left[left_count++] = row;
+            }
+        }
+        if (block.slots > 0) run_int16(block, x, scratch + x_bytes_);
+        for (int64_t slot = 0; slot < block.slots; ++slot) {
+            const int64_t row = block.row[slot];
+            if (block.held[slot].crowded) {
+                left[left_count++] = row;
+            } else {
+                const double limit = static_cast<double>(block.int16_lower[slot]);
+                params_.ids[row * codebook_.groups + group] = block.winner(slot, limit);
+            }
+        }
+        for (int64_t first = 0; first < left_count; first += float_rows_) {
+            const int64_t count = left_count - first < float_rows_ ? left_count - first : float_rows_;
+            run_float(block, left + first, count, scratch);
+        }
+    }
+
+    // Zeros after the rows that do not fill the last panel; returns the number of panels.
+    template <class Word>
+    int64_t fill_panels(Word* x, int64_t slots, int64_t stride) const {
+        const int64_t panels = (slots + kernel_.panel_rows - 1) / kernel_.panel_rows;
+        std::memset(static_cast<void*>(x + slots * stride), 0,
+                    static_cast<size_t>((panels * kernel_.panel_rows - slots) * stride) * sizeof(Word));
+        return panels;
+    }
+
+    void run_int16(LargeDimBlock& block, int16_t* x, unsigned char* scratch) const {
+        int32_t* scores = reinterpret_cast<int32_t*>(scratch);
+        const int64_t panels = fill_panels(x, block.slots, pair_stride_ * 2);
+        const int64_t codes = block.view.group->int16_codes, all = (codes + kTileCodes - 1) / kTileCodes;
+        const int32_t band = int16_band(codebook_.width + (params_.metric == Metric::kL2 ? 1 : 0));
+        for (int64_t tile = 0; tile < all; tile += kBlockTiles) {
+            const int64_t tiles = tile + kBlockTiles < all ? kBlockTiles : all - tile;
+            kernel_.int16_product(
+                {reinterpret_cast<const Int16Pair*>(x), pair_stride_, panels, pairs_,
+                 reinterpret_cast<const Int16Pair*>(block.view.int16) + tile * pairs_ * kTileCodes, kNoBias,
+                 tiles, scores});
+            kernel_.int16_scan({scores, block.slots, tiles, tile * kTileCodes, codes, band, block.int16_lower,
+                                LargeDimBlock::int16_candidate, &block});
+        }
+    }
+
+    void run_float(LargeDimBlock& block, const int64_t* rows, int64_t count, unsigned char* scratch) const {
+        const int64_t width = codebook_.width;
+        const PackedView& view = block.view;
         float* x = reinterpret_cast<float*>(scratch);
         float* scores = reinterpret_cast<float*>(scratch + x_bytes_);
-        double* wide = reinterpret_cast<double*>(scratch + x_bytes_ + score_bytes_);
-        const PackedView view = packed_view(params_.packed, layout_, group);
-        Block block{params_, group, view, wide, -1, {}, {}, {}, {}};
-        int64_t slots = 0;
-        for (int64_t row = begin; row < end; ++row) {
-            int64_t& id = params_.ids[row * groups + group];
-            id = -1;
-            if (hook_.mask != nullptr && hook_.mask[row * hook_.mask_stride] == 0) continue;
-            float* out = x + slots * x_stride_;
-            const Fate fate = prepare(block, row, out);
+        block.slots = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const Fate fate = prepare(block, rows[i], x + block.slots * x_stride_);
+            int64_t& id = params_.ids[rows[i] * codebook_.groups + block.group];
             if (fate.kind == Fate::kKnown) id = fate.id;
-            if (fate.kind == Fate::kCanonical) id = assign_row(codebook_, group, view, params_.metric, wide);
+            if (fate.kind == Fate::kCanonical)
+                id = assign_row(codebook_, block.group, view, params_.metric, block.wide);
             if (fate.kind != Fate::kFilter) continue;
-            block.x_norm[slots] = static_cast<float>(fate.norm) * kRoundUp;
-            block.lower[slots] = -__builtin_inff();
-            block.held[slots] = Held{0, {}, {}, false, Best{}};
-            block.row[slots++] = row;
+            block.x_norm[block.slots] = static_cast<float>(fate.norm) * kRoundUp;
+            block.add(rows[i]);
         }
-        if (slots == 0) return;
-        const int64_t panels = (slots + panel - 1) / panel;
-        std::memset(x + slots * x_stride_, 0,
-                    static_cast<size_t>((panels * panel - slots) * x_stride_) * sizeof(float));
+        if (block.slots == 0) return;
+        const int64_t panels = fill_panels(x, block.slots, x_stride_);
         for (int64_t tile = 0; tile < layout_.tiles; tile += kBlockTiles) {
             const int64_t tiles = tile + kBlockTiles < layout_.tiles ? kBlockTiles : layout_.tiles - tile;
             kernel_.product({x, x_stride_, panels, width, view.tiles + tile * width * kTileCodes,
                              view.bias + tile * kTileCodes, tiles, scores});
-            kernel_.scan({scores, slots, tiles, tile * kTileCodes, block.x_norm,
+            kernel_.scan({scores, block.slots, tiles, tile * kTileCodes, block.x_norm,
                           view.radius + tile * kTileCodes, view.reach + tile, make_bound(width), block.lower,
-                          Block::candidate, &block});
+                          LargeDimBlock::candidate, &block});
         }
-        for (int64_t slot = 0; slot < slots; ++slot)
-            params_.ids[block.row[slot] * groups + group] = block.winner(slot);
+        for (int64_t slot = 0; slot < block.slots; ++slot) {
+            params_.ids[block.row[slot] * codebook_.groups + block.group] =
+                block.winner(slot, static_cast<double>(block.lower[slot]));
+        }
     }
+
+    // Squares of a row that float32 can hold; the rest is rare and takes its time.
+    static constexpr double kLeastSquare = 1e-36, kMostSquare = 1e36;
 
     const AssignParams& params_;
     const AssignHook& hook_;
@@ -249,11 +236,17 @@ class LargeDim {
     const TrainKernels rows_;
     const Codebook& codebook_;
     const PackedLayout layout_;
-    int64_t block_rows_, x_stride_;
-    size_t x_bytes_, score_bytes_, scratch_bytes_;
+    bool int16_;
+    int64_t pairs_, float_rows_, block_rows_;  // rows in either filter at once, and in a block
+    int64_t x_stride_, pair_stride_;
+    size_t x_bytes_, score_bytes_, wide_bytes_, scratch_bytes_;
 };
 
 }  // namespace
+
+bool reads_wide_int16() {
+    return choose_kernel().int16_product != nullptr;
+}
 
 bool assign_large_dim(const AssignParams& params, const AssignHook& hook, int threads) {
     const LargeDimKernel kernel = choose_kernel();

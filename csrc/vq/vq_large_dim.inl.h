@@ -3,31 +3,36 @@
 //
 // A register tile of kPanelRows rows x 32 codes takes kDepth columns at a time, so that a tile of codes, kDepth x 32
 // floats, stays in the first-level cache while all panels of rows pass by; the unfinished sums wait in `scores`.
+// The same loops serve pairs of int16, `fma` then multiplying and adding two columns at once.
 // They are continued, not added up: each F is still the bias plus one fused multiply-add per column in index order,
 // as vq_filter.h has it (whose bound would hold for any order of the additions).
 
 constexpr int64_t kVectors = kTileCodes / kWidth;
 constexpr int64_t kScoreStride = kBlockTiles * kTileCodes;
-constexpr int64_t kLine = 16;  // floats in a cache line
+constexpr int64_t kLine = 16;  // floats, or pairs of int16, in a cache line
 
-using Sums = Vec[kPanelRows][kVectors];
+// Sums of a register tile: vectors of what `load` gives for a Score.
+template <class Score>
+using Sums = decltype(load(static_cast<const Score*>(nullptr)))[kPanelRows][kVectors];
 
 // One column: the shorter side of the tile is held in registers beside the sums, the longer one passes by.
-MEDITOK_INLINE void tile_column(const float* x, int64_t x_stride, const float* code, Sums& sum) {
+template <class Element, class Score>
+MEDITOK_INLINE void tile_column(const Element* x, int64_t x_stride, const Element* code, Sums<Score>& sum) {
+    using V = decltype(load(code));
     if constexpr (kVectors < kPanelRows) {
-        Vec element[kVectors];
+        V element[kVectors];
 #pragma GCC unroll 8
         for (int64_t v = 0; v < kVectors; ++v) element[v] = load(code + v * kWidth);
 #pragma GCC unroll 16
         for (int64_t row = 0; row < kPanelRows; ++row) {
-            const Vec scalar = fill(x[row * x_stride]);
+            const V scalar = fill(x[row * x_stride]);
 #pragma GCC unroll 8
             for (int64_t v = 0; v < kVectors; ++v) sum[row][v] = fma(scalar, element[v], sum[row][v]);
         }
     } else {
 #pragma GCC unroll 8
         for (int64_t v = 0; v < kVectors; ++v) {
-            const Vec element = load(code + v * kWidth);
+            const V element = load(code + v * kWidth);
 #pragma GCC unroll 16
             for (int64_t row = 0; row < kPanelRows; ++row) {
                 sum[row][v] = fma(fill(x[row * x_stride]), element, sum[row][v]);
@@ -38,9 +43,11 @@ MEDITOK_INLINE void tile_column(const float* x, int64_t x_stride, const float* c
 
 // Meanwhile lines of `next` go into the second-level cache, one every four columns: more at once would hold up the
 // loads.
-MEDITOK_INLINE void tile_product(const float* x, int64_t x_stride, const float* code, int64_t depth,
-                                 const float* start, int64_t start_stride, const float* next, float* scores) {
-    Sums sum;
+template <class Element, class Score>
+MEDITOK_INLINE void tile_product(const Element* x, int64_t x_stride, const Element* code, int64_t depth,
+                                 const Score* start, int64_t start_stride, const Element* next,
+                                 Score* scores) {
+    Sums<Score> sum;
 #pragma GCC unroll 16
     for (int64_t row = 0; row < kPanelRows; ++row) {
 #pragma GCC unroll 8
@@ -50,9 +57,11 @@ MEDITOK_INLINE void tile_product(const float* x, int64_t x_stride, const float* 
     for (; column + 4 <= depth; column += 4, code += 4 * kTileCodes, next += kLine) {
         __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < 4; ++i) tile_column(x + column + i, x_stride, code + i * kTileCodes, sum);
+        for (int64_t i = 0; i < 4; ++i)
+            tile_column<Element, Score>(x + column + i, x_stride, code + i * kTileCodes, sum);
     }
-    for (; column < depth; ++column, code += kTileCodes) tile_column(x + column, x_stride, code, sum);
+    for (; column < depth; ++column, code += kTileCodes)
+        tile_column<Element, Score>(x + column, x_stride, code, sum);
 #pragma GCC unroll 16
     for (int64_t row = 0; row < kPanelRows; ++row) {
 #pragma GCC unroll 8
@@ -60,18 +69,20 @@ MEDITOK_INLINE void tile_product(const float* x, int64_t x_stride, const float* 
     }
 }
 
-void product(const ProductBlock& block) {
+template <class Element, class Score>
+void product(const ProductBlock<Element, Score>& block) {
     const int64_t pieces = (block.width + kDepth - 1) / kDepth;
     const int64_t depth = (block.width + pieces - 1) / pieces;
     for (int64_t tile = 0; tile < block.tiles; ++tile) {
         for (int64_t first = 0; first < block.width; first += depth) {
             const int64_t count = first + depth < block.width ? depth : block.width - first;
-            const float* code = block.codes + (tile * block.width + first) * kTileCodes;
+            const Element* code = block.codes + (tile * block.width + first) * kTileCodes;
             for (int64_t panel = 0; panel < block.panels; ++panel) {
-                const float* x = block.x + panel * kPanelRows * block.x_stride + first;
-                float* scores = block.scores + panel * kPanelRows * kScoreStride + tile * kTileCodes;
+                const Element* x = block.x + panel * kPanelRows * block.x_stride + first;
+                Score* scores = block.scores + panel * kPanelRows * kScoreStride + tile * kTileCodes;
                 const bool begins = first == 0;
-                tile_product(x, block.x_stride, code, count, begins ? block.bias + tile * kTileCodes : scores,
+                tile_product(x, block.x_stride, code, count,
+                             begins ? block.bias + tile * kTileCodes : static_cast<const Score*>(scores),
                              begins ? 0 : kScoreStride,
                              code + count * kTileCodes + panel * (depth / 4) * kLine, scores);
             }

@@ -21,7 +21,7 @@ constexpr int64_t kDepth = 160;  // 20 KiB of codes and 8 KiB of rows in a first
 }  // namespace
 
 LargeDimKernel large_dim_avx512() {
-    return LargeDimKernel{product, scan, kPanelRows};
+    return LargeDimKernel{product<float, float>, scan, kPanelRows, nullptr, nullptr, nullptr};
 }
 
 }  // namespace meditok

@@ -20,7 +20,7 @@ constexpr int64_t kDepth = 192;  // 24 KiB of codes and 2 KiB of rows in a first
 }  // namespace
 
 LargeDimKernel large_dim_neon() {
-    return LargeDimKernel{product, scan, kPanelRows};
+    return LargeDimKernel{product<float, float>, scan, kPanelRows, nullptr, nullptr, nullptr};
 }
 
 }  // namespace meditok

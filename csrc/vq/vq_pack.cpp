@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/threads.h"
-#include "vq/vq_cpu.h"
+#include "vq/vq_large_dim.h"
 
 namespace meditok {
 
@@ -131,7 +131,8 @@ template <class T>
 void pack_int16(const Codebook& codebook, Metric metric, const PackedLayout& layout, int64_t group,
                 unsigned char* packed) {
     const int64_t width = codebook.width;
-    if (width < kInt16Narrowest || width > kInt16Widest) return;
+    if (width < kInt16Narrowest || width > kInt16Widest || (width > kSmallWidth && !reads_wide_int16()))
+        return;
     const T* codes = static_cast<const T*>(codebook.data) + group * codebook.group_stride;
     auto value = [&](int64_t code, int64_t i) {
         return to_double(codes[code * codebook.code_stride + i * codebook.column_stride]);
@@ -143,27 +144,33 @@ void pack_int16(const Codebook& codebook, Metric metric, const PackedLayout& lay
     if (info.unsafe > 0) return;
 
     int64_t count = 0;
-    double longest = 0.0, squares = 0.0, sums[kInt16Widest] = {};
+    const bool cosine = metric == Metric::kCosine, measured = !cosine || width > kSmallWidth;
+    double longest = 0.0, squares = 0.0;
+    std::vector<double> sums(static_cast<size_t>(width));
     for (int64_t code = 0; code < codebook.codes; ++code) {
         if (!(view.bias[code] > -std::numeric_limits<float>::infinity())) continue;
         slot[count++] = static_cast<int32_t>(code);
-        if (metric == Metric::kCosine) continue;
+        if (!measured) continue;
+        const double factor = cosine ? 1.0 / view.norm[code] : 1.0;
         double square = 0.0;
         for (int64_t i = 0; i < width; ++i) {
-            sums[i] += value(code, i);
-            square += value(code, i) * value(code, i);
+            const double element = value(code, i) * factor;
+            sums[i] += element;
+            square += element * element;
         }
         longest = std::max(longest, square);
         squares += square;
     }
-    double scale = kInt16Length;
-    if (metric == Metric::kL2) {
-        longest = std::sqrt(longest);
+    longest = std::sqrt(longest);
+    if (measured) {
         const double number = static_cast<double>(count);
         double spread = squares / number;
         for (int64_t i = 0; i < width; ++i) spread -= sums[i] / number * (sums[i] / number);
-        if (!(longest >= kInt16SmallestNorm && longest * longest <= kInt16Spread * spread)) return;
-        scale = kInt16Length / (longest * std::sqrt(1.5));
+        if (!(longest >= kInt16SmallestNorm && longest * longest <= int16_spread(width) * spread)) return;
+    }
+    double scale = kInt16Length;
+    if (!cosine) {
+        scale /= longest * std::sqrt(1.5);
         info.last_column = longest * std::sqrt(0.5);
     }
     info.int16_codes = count;
@@ -176,13 +183,13 @@ void pack_int16(const Codebook& codebook, Metric metric, const PackedLayout& lay
         auto put = [&](int64_t i, double element) {
             column[i / 2 * kTileCodes * 2 + i % 2] = round_to_int16(element);
         };
-        const double factor = metric == Metric::kCosine ? scale / view.norm[code] : scale;
+        const double factor = cosine ? scale / view.norm[code] : scale;
         double square = 0.0;
         for (int64_t i = 0; i < width; ++i) {
             put(i, value(code, i) * factor);
             square += value(code, i) * value(code, i);
         }
-        if (metric == Metric::kL2) put(width, square / (-2.0 * info.last_column) * scale);
+        if (!cosine) put(width, square / (-2.0 * info.last_column) * scale);
     }
 }
 

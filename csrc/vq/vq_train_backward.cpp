@@ -304,9 +304,9 @@ class Backward {
             for (int64_t i = 0; i < held; ++i) {
                 const int64_t row = rows[done + i];
                 from[i] = contiguous_rows(x + row * xs[0], 0, xs[2], 1, width, scratch + i * width).data;
-                scale[i] = cosine_ ? inverse_[row * codebook_.groups + group] : 1.0;
+                if (cosine_) scale[i] = inverse_[row * codebook_.groups + group];
             }
-            kernels_.add(from, scale, held, width, unit(group, code), sum(group, code));
+            kernels_.add(from, cosine_ ? scale : nullptr, held, width, unit(group, code), sum(group, code));
         }
     }
 

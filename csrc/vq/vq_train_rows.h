@@ -33,6 +33,9 @@ template <class F>
 struct RowKernels {
     // sum of x_i^2
     double (*square)(const F* x, int64_t width);
+    // sums of a_i b_i and of (a_i - b_i)^2
+    double (*dot)(const F* a, const F* b, int64_t width);
+    double (*distance)(const F* a, const F* b, int64_t width);
     // out[r] = F(code[r] / norm[r]): a row of vq_lookup; norm null: the code itself. `out` may be the codes.
     void (*divide)(const F* const* code, const double* norm, int64_t rows, int64_t width, F* out,
                    int64_t out_stride);
@@ -42,7 +45,7 @@ struct RowKernels {
     void (*backward)(const BackwardRows<F>& block);
     // to[r] = F(from[r] / norms[r]), norms[r] = max(|from[r]|, 1e-12); to[r] may be from[r].
     void (*normalise)(const F* const* from, int64_t rows, int64_t width, F* const* to, double* norms);
-    // sum += code - x[r] scale[r], the difference and the sum rounded to F, row after row.
+    // sum += code - x[r] scale[r], the difference and the sum rounded to F, row after row; scale null: 1.
     void (*add)(const F* const* x, const double* scale, int64_t rows, int64_t width, const F* code, F* sum);
     // sum[r] = factor * sum[r], for cosine (unit not null) taken through the normalisation of a code of norm[r].
     void (*scale)(F* const* sum, double factor, const F* const* unit, const double* norm, int64_t rows,

@@ -103,6 +103,23 @@ MEDITOK_INLINE double square_sum(const F* x, int64_t width) {
     return sum.total();
 }
 
+template <class F>
+double dot(const F* a, const F* b, int64_t width) {
+    Sum sum;
+    columns<F>(width, [&](int64_t i, auto at) __attribute__((always_inline)) { sum.add(i, at(a) * at(b)); });
+    return sum.total();
+}
+
+template <class F>
+double distance(const F* a, const F* b, int64_t width) {
+    Sum sum;
+    columns<F>(width, [&](int64_t i, auto at) __attribute__((always_inline)) {
+        const Four difference = at(a) - at(b);
+        sum.add(i, difference * difference);
+    });
+    return sum.total();
+}
+
 MEDITOK_INLINE double floored(double norm) {
     return norm < kNormFloor ? kNormFloor : norm;  // NaN stays
 }
@@ -186,6 +203,12 @@ MEDITOK_INLINE void add_difference(F* sum, const F* x, Four scale, const F* code
     });
 }
 
+// The same without a scale: then the difference is that of two F, and arithmetic in F rounds it alike.
+template <class F>
+MEDITOK_INLINE void add_difference(F* sum, const F* x, const F* code, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) sum[i] += code[i] - x[i];
+}
+
 template <class F, int W>
 void backward(const BackwardRows<F>& block) {
     const int64_t width = W > 0 ? W : block.width;
@@ -210,7 +233,11 @@ void backward(const BackwardRows<F>& block) {
         if (block.inverse != nullptr) block.inverse[row * block.inverse_stride] = inverses[row];
         const Four scale = fill(inverses[row]);
         if (block.sums != nullptr && block.sums[row] != nullptr) {
-            add_difference<F>(block.sums[row], x, scale, code, width);
+            if (block.cosine) {
+                add_difference<F>(block.sums[row], x, scale, code, width);
+            } else {
+                add_difference<F>(block.sums[row], x, code, width);
+            }
         }
         Turn turn{1.0, 0.0, 0.0};
         if (block.rotation) turn = turn_of<F>(x, scale, code, grad, width);
@@ -251,7 +278,11 @@ template <class F, int W>
 void add(const F* const* x, const double* scale, int64_t rows, int64_t given, const F* code, F* sum) {
     const int64_t width = W > 0 ? W : given;
     for (int64_t row = 0; row < rows; ++row) {
-        add_difference<F>(sum, x[row], fill(scale[row]), code, width);
+        if (scale == nullptr) {
+            add_difference<F>(sum, x[row], code, width);
+        } else {
+            add_difference<F>(sum, x[row], fill(scale[row]), code, width);
+        }
     }
 }
 
@@ -283,6 +314,8 @@ template <class F>
 RowKernels<F> row_kernels() {
     return RowKernels<F>{
         [](const F* x, int64_t width) { return square_sum<F>(x, width); },
+        dot<F>,
+        distance<F>,
         [](const F* const* code, const double* norm, int64_t rows, int64_t width, F* out,
            int64_t out_stride) {
             width == 8 ? divide<F, 8>(code, norm, rows, width, out, out_stride)

@@ -131,7 +131,13 @@ def library(tmp_path_factory):
         pytest.skip("the C++ sources are not beside the tests")
     folder = tmp_path_factory.mktemp("simde")
     names = [*CPU_SOURCES, "attention/attention_scalar", "attention/attention_cpu", "attention/attention_avx512"]
-    names += ["vq/vq_avx512", "vq/vq_avx512vnni", "vq/vq_large_dim_avx512", "vq/vq_train_rows_avx512"]
+    names += [
+        "vq/vq_avx512",
+        "vq/vq_avx512vnni",
+        "vq/vq_large_dim_avx512",
+        "vq/vq_large_dim_avx512vnni",
+        "vq/vq_train_rows_avx512",
+    ]
     sources = [*(ROOT / "csrc" / f"{name}.cpp" for name in names), ROOT / "tests/ops/simde_assign.cpp"]
     sources.append(ROOT / "tests/ops/simde_attention.cpp")
     objects = [folder / f"{source.stem}.o" for source in sources]

@@ -16,6 +16,7 @@ from .helpers import (
     has_native,
     levels_here,
     near_ties,
+    quantisation_edges,
     randn,
     run_python,
 )
@@ -64,6 +65,22 @@ def test_more_near_ties_than_a_row_can_hold(metric):
     check(randn(20, 1, 64, seed=1), base * (1 + step), metric, "multiples")
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_codes_that_sixteen_bits_cannot_tell_apart(metric):
+    """Steps of quantisation; families of 20 codes closer than a filter of 16 bits sees, which leave the rest of the
+    codebook useful or useless to it; rows beyond its range; widths up to its last and one more."""
+    for width in (40, 321):
+        check(*quantisation_edges(width, seed=width), metric, f"edges {width}")
+    for width in (64, 2047, 2048, 2049):
+        family = randn(1, 15, width).repeat_interleave(20, 1)
+        for step in (3e-6, 3e-4):
+            codebook = family + step * randn(1, 300, width, seed=1)
+            x = randn(20, 1, width, seed=2)
+            for scale in (1.0, 1e3, 3e4):
+                check(x * scale, codebook, metric, f"families {width} {step} {scale}")
+            check(x, codebook + 2, metric, f"far {width} {step}")
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_types_and_strides(dtype):
     """Each type, read through any strides: transposed, reversed groups, expanded, sliced."""
@@ -102,7 +119,7 @@ import torch
 from meditok import ops
 from meditok.ops import reference
 generator = torch.Generator().manual_seed(5)
-for rows, codes, width in ((100, 300, 40), (7, 129, 193)):
+for rows, codes, width in ((100, 300, 40), (7, 129, 193), (100, 512, 768)):
     x, codebook = torch.randn(rows, 1, width, generator=generator), torch.randn(1, codes, width, generator=generator)
     for metric in ("cosine", "l2"):
         found = ops.vq_assign(x, codebook, metric=metric)
