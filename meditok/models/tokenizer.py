@@ -17,6 +17,7 @@ from ..errors import MissingPartError, UsageError
 from ..nn.blocks import EPS, BottleneckBlock
 from ..nn.linear import Linear
 from ..nn.quantizer import MultiCodebookQuantizer
+from ..nn.versions import version
 from .checks import as_ids, as_images, is_described, square_grid
 from .config import PATCH, TokenizerConfig
 from .graphs import GraphCache
@@ -275,24 +276,29 @@ class Tokenizer(nn.Module):
         """64 hex digits: SHA-256 of the codebook's float32 values. Tokens decode only with the same codebook."""
         return hashlib.sha256(_bytes(self.codebook)).hexdigest()
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in (*self.parameters(), self.quantizer.codebook))  # perhaps no parameter
+    def _versions(self) -> tuple:
+        return tuple(version(p) for p in (*self.parameters(), self.quantizer.codebook))  # perhaps no parameter
 
     @property
     def hash(self) -> str:
-        """64 hex digits: SHA-256 of every weight (no statistics, no training state) and what changes the arithmetic."""
-        versions = self._versions()
-        if getattr(self, "_hash", (None,))[0] != versions:
-            digest = hashlib.sha256(
-                json.dumps(
-                    {"projection": self.config.projection, "attention": self.config.attention}, sort_keys=True
-                ).encode()
-            )
-            for key, value in sorted(self.state_dict().items()):
-                if not (key.endswith("vocab_usage") or key.startswith("quantizer.state.")):
-                    digest.update(f"{key}{tuple(value.shape)}".encode())
-                    digest.update(_bytes(value))
-            self._hash = versions, digest.hexdigest()
+        """64 hex digits: SHA-256 of every weight (no statistics, no training state) and what changes the arithmetic.
+
+        Kept until a weight changes. Writes that nothing counts (through `.data`: averaged weights) show in the sums.
+        """
+        weights = {
+            key: value.detach()
+            for key, value in sorted(self.state_dict().items())
+            if not (key.endswith("vocab_usage") or key.startswith("quantizer.state."))
+        }
+        sums = torch.stack([weight.sum().float() for weight in weights.values()]).tolist()
+        seen = self._versions(), repr(sums)  # as text NaN equals itself
+        if getattr(self, "_hash", (None,))[0] != seen:
+            arithmetic = {"projection": self.config.projection, "attention": self.config.attention}
+            digest = hashlib.sha256(json.dumps(arithmetic, sort_keys=True).encode())
+            for key, value in weights.items():
+                digest.update(f"{key}{tuple(value.shape)}".encode())
+                digest.update(_bytes(value))
+            self._hash = seen, digest.hexdigest()
         return self._hash[1]
 
     def save_pretrained(self, directory) -> None:

@@ -32,6 +32,7 @@ from .codebook import MODES, CodebookState, world_size
 from .health import EXPECTED_HITS, CodebookHealth, alarm, dead_below, measure
 
 _log = logging.getLogger(__name__)
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
 
 
 class Quantized(NamedTuple):
@@ -76,7 +77,7 @@ class _Quantizer(nn.Module):
         # Row length does not reach a cosine output (rows are normalised at use) but sets the size of a training step.
         self.codebook = torch.empty(shape).uniform_(-1, 1) / (36 * shape[2] ** 0.5)  # registered just below
         self.register_buffer("usage", torch.zeros(shape[:2]))
-        self._packed = None, None  # (what it was packed from, PackedCodebook)
+        self._packed = None, None  # (bits of the codebook that was packed, PackedCodebook)
         self._window_steps = None  # state.window_steps as a number, so that most updates need not ask the device
         self.codebook_update = codebook_update
 
@@ -103,31 +104,22 @@ class _Quantizer(nn.Module):
 
     def _restart(self) -> None:
         self.state.restart(self.codebook, self.metric)
-        self._packed, self._window_steps = (None, None), None
+        self._window_steps = None
 
     def packed(self) -> ops.PackedCodebook:
-        """The codebook packed for the kernels; packed again once the values, dtype or device have changed.
-
-        A write through `codebook.data` in eval mode goes unseen: call train() or eval() after it.
-        """
-        codebook = self.codebook
-        # Nothing tells whether the values changed: inference tensors count no writes, and fused optimisers hide theirs.
-        if codebook.is_inference() or (self.training and self.codebook_update == "gradient"):
-            return ops.pack_codebook(codebook, metric=self.metric)
-        key = codebook.data_ptr(), codebook._version, codebook.dtype
-        if self._packed[0] != key:
-            self._packed = key, ops.pack_codebook(codebook, metric=self.metric)
-        return self._packed[1]
-
-    def _apply(self, *arguments, **settings):
-        # Moves and casts swap a Parameter's memory: the next one may lie where the last one lay, with other values.
-        super()._apply(*arguments, **settings)
-        self._packed = None, None
-        return self
-
-    def train(self, mode: bool = True):
-        self._packed = None, None
-        return super().train(mode)
+        """The codebook packed for the kernels, never stale: on a CPU its bits are compared with those that were packed
+        last, for about 1 % of an assignment's time; where they change with every step, or comparing would wait for the
+        device, it is packed anew."""
+        codebook = self.codebook.detach()
+        if codebook.device.type != "cpu" or (self.training and self.codebook_update == "gradient"):
+            self._packed = None, None
+            return ops.pack_codebook(self.codebook, metric=self.metric)
+        bits = codebook.view(BITS[codebook.element_size()])  # as integers, so that NaN equals itself
+        old, packed = self._packed
+        if packed is None or packed.codebook.dtype != codebook.dtype or not torch.equal(old, bits):
+            packed = ops.pack_codebook(codebook, metric=self.metric)
+            self._packed = bits.clone(), packed
+        return ops.PackedCodebook(self.codebook, self.metric, packed.packed)
 
     def _operand(self):
         return self.codebook if torch.compiler.is_compiling() else self.packed()
@@ -230,7 +222,6 @@ class _Quantizer(nn.Module):
         if self._window_steps is None:
             self._window_steps = int(state.window_steps)
         state.advance()
-        self._packed = None, None
         self._window_steps += 1
         if self._window_steps % self.window == 0:
             self._judge(group)
@@ -287,7 +278,6 @@ class _Quantizer(nn.Module):
         if len(rows):
             order = torch.arange(self.codebook.shape[1], device=rows.device) % len(rows)
             self._place(torch.ones_like(self.state.counts, dtype=torch.bool), rows[order])
-            self._packed = None, None
 
     def health(self) -> CodebookHealth:
         """Use of the codes in the last finished window, or in the one that runs if none has ended yet."""
@@ -296,15 +286,17 @@ class _Quantizer(nn.Module):
         counts, steps = (state.last, state.last_steps) if ended else (state.window, state.window_steps)
         return measure(counts, int(steps), self.dead_share, int(state.revived))
 
-    def _loaded(self) -> None:
-        """After the codebook was loaded, before the state is: what the file does not hold starts anew."""
-        self._restart()
-        # The published format does not store the number of passes: a file with statistics continues as a long run.
-        self.state.passes.fill_(100 if self.usage.any() else 0)
+    def _loaded(self, state_dict: dict, prefix: str) -> None:
+        """After the codebook was loaded, before the state is: a state that the file does not hold starts anew."""
+        self._window_steps = None
+        if not all(f"{prefix}state.{name}" in state_dict for name, _ in self.state.named_buffers()):
+            self._restart()
+            # The published format does not store the number of passes: a file with statistics continues a long run.
+            self.state.passes.fill_(100 if self.usage.any() else 0)
 
-    def _load_from_state_dict(self, *arguments):
-        super()._load_from_state_dict(*arguments)
-        self._loaded()
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._loaded(state_dict, prefix)
 
 
 class VectorQuantizer(_Quantizer):
@@ -391,4 +383,4 @@ class MultiCodebookQuantizer(_Quantizer):
                     target.copy_(state_dict[key])
         known = (*targets, f"{prefix}state.")
         unexpected += [key for key in state_dict if key.startswith(prefix) and not key.startswith(known)]
-        self._loaded()
+        self._loaded(state_dict, prefix)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..ops.convolution import upsample_differences, upsample_gather
 from ..ops.linear import linear
+from .versions import version
 
 
 def nine_kernels(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -94,7 +95,7 @@ class Upsample(nn.Module):
         differentiated = torch.is_grad_enabled() and weight.requires_grad
         if torch.compiler.is_compiling() or differentiated or weight.is_inference():
             return tuple(kernel.to(dtype) for kernel in fold(weight))
-        key = fold, dtype, weight.data_ptr(), weight._version
+        key = fold, dtype, version(weight)
         if self._folded is None or self._folded[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 self._folded = key, tuple(kernel.to(dtype) for kernel in fold(weight))
@@ -105,6 +106,10 @@ class Upsample(nn.Module):
         super()._apply(*arguments, **settings)
         self._folded = None
         return self
+
+    def train(self, mode: bool = True):
+        self._folded = None  # what was written through `.data` meanwhile has no version
+        return super().train(mode)
 
     def _load_from_state_dict(self, *arguments):
         self._folded = None  # as above, where tensors are assigned

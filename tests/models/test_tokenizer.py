@@ -271,6 +271,21 @@ def test_one_changed_bit_of_the_codebook_changes_both_hashes():
     assert model.hash != before[0] and model.codebook_hash != before[1]
 
 
+@pytest.mark.parametrize("settings", [dict(fused=True), dict(foreach=True)])
+def test_no_optimiser_leaves_an_old_hash(settings):
+    """A fused one writes without raising a tensor's version; averaged weights are written through `.data`."""
+    model, fresh = (meditok.build("tiny", seed=2).eval() for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    hashes = {model.hash}
+    for write in (optimizer.step, optimizer.step, lambda: model.quantizer.codebook.data.mul_(0.5)):
+        write()
+        fresh.load_state_dict(model.state_dict())
+        assert model.hash == fresh.hash and model.hash not in hashes
+        hashes.add(model.hash)
+
+
 def test_tokenize_follows_a_codebook_that_changed_in_place():
     model, x = meditok.build("tiny", seed=2), pictures(1)
     before = model.tokenize(x)

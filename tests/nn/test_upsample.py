@@ -99,11 +99,16 @@ def test_the_folded_weight_is_kept_until_the_weight_changes():
     right(module)
 
 
-def test_a_step_of_training_moves_what_evaluation_uses():
+OPTIMISERS = [(torch.optim.SGD, {}), (torch.optim.AdamW, {"fused": True}), (torch.optim.AdamW, {"foreach": True})]
+
+
+@pytest.mark.parametrize("optimiser, settings", OPTIMISERS)
+def test_a_step_of_training_moves_what_evaluation_uses(optimiser, settings):
+    """Also a step that no version of a tensor shows, and also in evaluation mode."""
     module, x = Upsample(3, 4), randn(2, 3, 4, 4)
     with torch.no_grad():
         before = module(x)
-    optimiser = torch.optim.SGD(module.parameters(), 0.1)
+    optimiser = optimiser(module.parameters(), 0.1, **settings)
     module(x).square().mean().backward()
     optimiser.step()
     with torch.no_grad():
