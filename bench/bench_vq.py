@@ -29,7 +29,8 @@ from timing import (
 from meditok import native, ops
 from meditok.ops import reference
 
-MAIN = (4096, 8, 4096, 8)  # rows, codebooks, codes, width: 16 images of MedITok
+# Rows, codebooks, codes, width: 16 images of MedITok, on CUDA 256 of them.
+MAIN = {"cpu": (4096, 8, 4096, 8), "cuda": (65536, 8, 4096, 8)}
 LARGE = ((4096, 1, 512, 768), (4096, 1, 512, 1536), (2048, 1, 4096, 64), (2048, 1, 8192, 256))
 GROWTH = {  # one axis at a time, the others fixed
     "rows": [(n, 1, 1024, 8) for n in (256, 1024, 4096, 16384, 65536, 262144, 1048576)],
@@ -48,6 +49,7 @@ class Bench:
         torch.set_num_threads(options.threads)
         cuda = self.device == "cuda"
         self.peak = measured_cuda_peak() if cuda else measured_peak(native.isa or "scalar") * options.threads
+        self.main = MAIN[self.device]
         self.rows: list[dict] = []
 
     def inputs(self, shape, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,22 +94,22 @@ class Bench:
 
     def assign(self) -> None:
         for metric in ("cosine", "l2"):
-            x, codebook = self.inputs(MAIN)
-            self._assign(x, codebook, metric, MAIN, every=True)
+            x, codebook = self.inputs(self.main)
+            self._assign(x, codebook, metric, self.main, every=True)
 
-    def _assign(self, x, codebook, metric, shape, *, every: bool, note: str = ""):
+    def _assign(self, x, codebook, metric, shape, *, every: bool, compiled: bool = True, note: str = ""):
         packed = ops.pack_codebook(codebook, metric=metric)
         runs = {
             "meditok packed": lambda: ops.vq_assign(x, packed, metric=metric),
             "meditok": lambda: ops.vq_assign(x, codebook, metric=metric),
         }
-        runs |= assign_peers(x, codebook, metric, every=every)
+        runs |= assign_peers(x, codebook, metric, every=every, compiled=compiled)
         exact = reference.vq_assign(x if every else x[:CHECKED], codebook, metric=metric)
         return self.compare("vq_assign", metric, shape, runs, exact=exact, note=note)
 
     def worst(self) -> None:
         """Codebooks on which a shortcut would be slow, against the random one of the same shape."""
-        x, codebook = self.inputs(MAIN)
+        x, codebook = self.inputs(self.main)
         for metric in ("cosine", "l2"):
             books = {"random": codebook, **worst_codebooks(codebook)}
             packed = {name: ops.pack_codebook(book, metric=metric) for name, book in books.items()}
@@ -115,10 +117,10 @@ class Bench:
                 name: lambda book=book, metric=metric: ops.vq_assign(x, book, metric=metric)
                 for name, book in packed.items()
             }
-            self.compare("vq_assign", metric, MAIN, runs, note="worst codebooks")
+            self.compare("vq_assign", metric, self.main, runs, note="worst codebooks")
 
     def ops(self) -> None:
-        x, codebook = self.inputs(MAIN)
+        x, codebook = self.inputs(self.main)
         ids = ops.vq_assign(x, codebook)
         groups, codes, width = codebook.shape
         counts, sums = ops.vq_stats(x, ids, codes)
@@ -137,27 +139,27 @@ class Bench:
 
         packed = ops.pack_codebook(codebook, metric="cosine")
         self.compare(
-            "vq_lookup", "cosine", MAIN, factor=0, runs={
+            "vq_lookup", "cosine", self.main, factor=0, runs={
                 "meditok": lambda: ops.vq_lookup(ids, codebook), "torch eager": gather,
             },
         )  # fmt: skip
         self.compare(
-            "vq_stats", "cosine", MAIN, factor=0, runs={
+            "vq_stats", "cosine", self.main, factor=0, runs={
                 "meditok": lambda: ops.vq_stats(x, ids, codes), "torch eager": index_add,
             },
         )  # fmt: skip
         self.compare(
-            "vq_update_", "cosine", MAIN, factor=0, runs={
+            "vq_update_", "cosine", self.main, factor=0, runs={
                 "meditok": lambda: ops.vq_update_(*state, counts, sums, **update),
                 "torch eager": lambda: reference.vq_update_(*state, counts, sums, **update),
             },
         )  # fmt: skip
         self.compare(
-            "pack_codebook", "cosine", MAIN, factor=0,
+            "pack_codebook", "cosine", self.main, factor=0,
             runs={"meditok": lambda: ops.pack_codebook(codebook, metric="cosine")},
         )  # fmt: skip
         self.compare(
-            "vq_quantize", "cosine", MAIN, runs={
+            "vq_quantize", "cosine", self.main, runs={
                 "meditok assign": lambda: ops.vq_assign(x, packed),
                 "meditok quantize": lambda: ops.vq_quantize(x, packed),
             },
@@ -165,7 +167,7 @@ class Bench:
 
     def entropy(self) -> None:
         """The regulariser, forward and backward, against the published way, which holds every probability."""
-        shape = (512, *MAIN[1:])
+        shape = (512, *self.main[1:])
         x, codebook = self.inputs(shape)
         runs = {
             "meditok": gradients(lambda a, b: ops.vq_entropy(a, b), x, codebook),
@@ -175,7 +177,7 @@ class Bench:
 
     def training(self) -> None:
         """Quantise, loss, counts and both gradients, against assign alone and against autograd's way."""
-        for metric, shape in (("cosine", MAIN), ("l2", (4096, 1, 512, 768))):
+        for metric, shape in (("cosine", self.main), ("l2", (4096, 1, 512, 768))):
             x, codebook = self.inputs(shape)
             packed = ops.pack_codebook(codebook, metric=metric)
 
@@ -214,7 +216,7 @@ class Bench:
         for axis, shapes in GROWTH.items():
             for shape in shapes:
                 x, codebook = self.inputs(shape)
-                times = self._assign(x, codebook, "cosine", shape, every=False, note=f"growth {axis}")
+                times = self._assign(x, codebook, "cosine", shape, every=False, compiled=False, note=f"growth {axis}")
                 curves.setdefault(axis, []).append((shape, times))
         if self.options.save:
             draw(curves, f"vq_growth_{self.device}.png")
@@ -278,8 +280,8 @@ def main() -> None:
         getattr(bench, section)()
         if options.save:  # at once, so that a long run that is stopped keeps what it measured
             print(f"rows in {append_rows('vq', bench.rows[before:]).name}", flush=True)
-    if options.json:
-        write_json(options.json, bench.rows)
+        if options.json:  # so do these
+            write_json(options.json, bench.rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MEMORY = 4 << 30  # bytes of scores that a peer may build
+MEMORY = {"cpu": 4 << 30, "cuda": 16 << 30}  # bytes of scores that a peer may build
 
 
 def eager_assign(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
@@ -66,13 +66,17 @@ def scores_bytes(x: Tensor, codebook: Tensor) -> int:
     return x.shape[0] * codebook.shape[0] * codebook.shape[1] * 4
 
 
-def assign_peers(x: Tensor, codebook: Tensor, metric: str, *, every: bool = True) -> dict[str, Callable]:
-    """{name: run}; with `every` False only torch eager and the strongest peer of the device."""
+def assign_peers(
+    x: Tensor, codebook: Tensor, metric: str, *, every: bool = True, compiled: bool = True
+) -> dict[str, Callable]:
+    """{name: run}; with `every` False only torch eager and the strongest peer of the device, which on CUDA is
+    torch.compile: `compiled` False leaves it out, as compiling a shape takes seconds."""
     peers: dict[str, Callable] = {}
-    dense = scores_bytes(x, codebook) <= MEMORY
+    dense = scores_bytes(x, codebook) <= MEMORY[x.device.type]
     if dense:
         peers["torch eager"] = lambda: eager_assign(x, codebook, metric)
-    if dense and (every or x.is_cuda):
+    if dense and compiled and (every or x.is_cuda):
+        torch._dynamo.reset()  # after eight shapes of one function it would run eagerly and not say so
         compiled = torch.compile(eager_assign, dynamic=False)
         peers["torch.compile"] = lambda: compiled(x, codebook, metric)
     if x.device.type == "cpu":
@@ -87,6 +91,7 @@ def assign_peers(x: Tensor, codebook: Tensor, metric: str, *, every: bool = True
 
 
 def training_peers(x: Tensor, codebook: Tensor, metric: str) -> dict[str, Callable]:
+    torch._dynamo.reset()
     compiled = torch.compile(eager_training, dynamic=False)
     peers = {
         "torch eager": training_step(lambda a, b: eager_training(a, b, metric), x, codebook),
