@@ -73,6 +73,21 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ShapeError(f"tensors on one device are needed, but {named} were given; move them together")
 
 
+def check_writable(**state: Any) -> None:
+    """State that an update may write: one element one place, no two arrays the same, no leaf that autograd watches."""
+    places = set()
+    for name, array in state.items():
+        strides = array.stride() if isinstance(array, Tensor) else array.strides
+        if any(size > 1 and stride == 0 for size, stride in zip(array.shape, strides, strict=True)):
+            raise ValueError(f"{name} is expanded: several of its elements lie in one place; pass {name}.clone()")
+        if isinstance(array, Tensor) and array.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient and cannot be updated in place; call under torch.no_grad()")
+        if isinstance(array, Tensor) and not torch.compiler.is_compiling() and array.numel() > 0:
+            if array.data_ptr() in places:
+                raise ValueError(f"{name} shares its memory with another array of the update; pass {name}.clone()")
+            places.add(array.data_ptr())
+
+
 def checked_ids(ids: Any, codes: int, lowest: int = 0) -> Any:
     """The ids as int64: narrow types cannot be compared with a K they do not hold. Where values are checked, every id
     is in lowest..codes - 1, else TokenRangeError with smallest, largest, K, position and codebook."""

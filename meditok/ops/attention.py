@@ -109,7 +109,9 @@ def _by_heads(out: Tensor, heads: int) -> Tensor:
     return out.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _settings(width: int, is_causal: bool, scale: float | None, reduce: str | None = None) -> dict[str, Any]:
+def _settings(
+    width: int, *, is_causal: bool = False, scale: float | None = None, reduce: str | None = None
+) -> dict[str, Any]:
     if scale is None:
         scale = width**-0.5 if width else 1.0
     return {"is_causal": is_causal, "scale": float(scale), "mean": reduce == "mean"}
@@ -127,21 +129,18 @@ def _no_lse(q: Tensor) -> Tensor:
     return q.new_empty((*q.shape[:2], 0), dtype=torch.float32)
 
 
+# The kernels take the options of the schema, whose defaults the dispatcher leaves out.
+
+
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     if not _by_kernel(q):
-        return reference.attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale), _no_lse(q)
+        return reference.attention(q, k, v, attn_mask, **options), _no_lse(q)
     batch, heads, queries, width = q.shape
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    _native.attention(q, k, v, _expanded(attn_mask, q, k), _settings(width, is_causal, scale), out, lse)
+    _native.attention(q, k, v, _expanded(attn_mask, q, k), _settings(width, **options), out, lse)
     return out, lse
 
 
@@ -154,41 +153,34 @@ def _attention_backward(
     out: Tensor,
     lse: Tensor,
     *,
-    is_causal: bool,
-    scale: float | None,
     mask_needed: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _by_kernel(q, mask_needed):
-        return reference.attention_backward(
-            grad, q, k, v, attn_mask, is_causal=is_causal, scale=scale, mask_needed=mask_needed
-        )
+        return reference.attention_backward(grad, q, k, v, attn_mask, mask_needed=mask_needed, **options)
     grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
     inputs = (q, k, v, _expanded(attn_mask, q, k))
-    _native.attention_backward(grad, inputs, _settings(q.shape[3], is_causal, scale), out, lse, grads, _scratch(q))
+    _native.attention_backward(grad, inputs, _settings(q.shape[3], **options), out, lse, grads, _scratch(q))
     return *grads, q.new_empty(0)
 
 
-def _attention_qkv(
-    qkv: Tensor, *, is_causal: bool = False, scale: float | None = None, reduce: str | None = None
-) -> tuple[Tensor, Tensor]:
+def _attention_qkv(qkv: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, width = qkv.shape
     if not _by_kernel(qkv):
         lse = qkv.new_empty((batch, heads, 0), dtype=torch.float32)
-        return reference.attention_qkv(qkv, is_causal=is_causal, scale=scale, reduce=reduce), lse
-    out = qkv.new_empty((batch, tokens, width if reduce == "mean" else heads * width))
+        return reference.attention_qkv(qkv, **options), lse
+    settings = _settings(width, **options)
+    out = qkv.new_empty((batch, tokens, width if settings["mean"] else heads * width))
     lse = qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
-    settings = _settings(width, is_causal, scale, reduce)
     _native.attention(*_unpacked(qkv), None, settings, out if settings["mean"] else _by_heads(out, heads), lse)
     return out, lse
 
 
-def _attention_qkv_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *, is_causal: bool, scale: float | None, reduce: str | None
-) -> Tensor:
+def _attention_qkv_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, **options: Any) -> Tensor:
     if not _by_kernel(qkv):
-        return reference.attention_qkv_backward(grad, qkv, is_causal=is_causal, scale=scale, reduce=reduce)
+        return reference.attention_qkv_backward(grad, qkv, **options)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    settings = _settings(qkv.shape[4], is_causal, scale, reduce)
+    settings = _settings(qkv.shape[4], **options)
     if not settings["mean"]:
         grad, out = (_by_heads(tensor, qkv.shape[3]) for tensor in (grad, out))
     _native.attention_backward(grad, (*_unpacked(qkv), None), settings, out, lse, _unpacked(grad_qkv), _scratch(qkv))
@@ -335,7 +327,7 @@ def _numpy_attention(q, k, v, mask, *, is_causal, scale):
     mask = None if mask is None else _expanded(plain(mask), q, k)
     batch, heads, queries, width = q.shape
     out = np.empty((batch, queries, heads, width), q.dtype).swapaxes(1, 2)
-    _native.attention(q, k, v, mask, _settings(width, is_causal, scale), out, None)
+    _native.attention(q, k, v, mask, _settings(width, is_causal=is_causal, scale=scale), out, None)
     return out
 
 
@@ -344,7 +336,7 @@ def _numpy_attention_qkv(qkv, *, is_causal, scale, reduce):
         return reference.attention_qkv(to_torch(qkv), is_causal=is_causal, scale=scale, reduce=reduce).numpy()
     qkv = plain(qkv)
     batch, tokens, _, heads, width = qkv.shape
-    settings = _settings(width, is_causal, scale, reduce)
+    settings = _settings(width, is_causal=is_causal, scale=scale, reduce=reduce)
     out = np.empty((batch, tokens, *(() if settings["mean"] else (heads,)), width), qkv.dtype)
     _native.attention(*_unpacked(qkv), None, settings, out if settings["mean"] else out.swapaxes(1, 2), None)
     return out.reshape(batch, tokens, -1) if width else out.reshape(batch, tokens, 0)

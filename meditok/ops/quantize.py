@@ -26,6 +26,7 @@ from meditok.ops._library import (
     check_metric,
     check_rank,
     check_same_device,
+    check_writable,
     checked_ids,
     dtype_name,
     kind_of,
@@ -48,21 +49,6 @@ def _check_quantize(x: Any, codebook: Any, metric: str, mask: Any) -> None:
             f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
             f"bool of shape ({x.shape[0]},) is needed, True = used"
         )
-
-
-def _check_writable(**state: Any) -> None:
-    """State that an update may write: one element one place, no two arrays the same, no leaf that autograd watches."""
-    places = set()
-    for name, array in state.items():
-        strides = array.stride() if isinstance(array, Tensor) else array.strides
-        if any(size > 1 and stride == 0 for size, stride in zip(array.shape, strides, strict=True)):
-            raise ValueError(f"{name} is expanded: several of its elements lie in one place; pass {name}.clone()")
-        if isinstance(array, Tensor) and array.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient and cannot be updated in place; call under torch.no_grad()")
-        if isinstance(array, Tensor) and not torch.compiler.is_compiling() and array.numel() > 0:
-            if array.data_ptr() in places:
-                raise ValueError(f"{name} shares its memory with another array of the update; pass {name}.clone()")
-            places.add(array.data_ptr())
 
 
 # ---- schema and kernels ------------------------------------------------------------------------------------
@@ -241,6 +227,7 @@ def _quantize_setup(ctx, inputs, keyword_only_inputs, output) -> None:
     x, codebook, mask, _ = inputs
     _, ids, _, counts = output
     ctx.mark_non_differentiable(ids, counts)
+    ctx.set_materialize_grads(False)  # ids and counts would get zeros that nobody reads
     ctx.save_for_backward(x, codebook, ids, mask)
     ctx.settings = dict(keyword_only_inputs)
 
@@ -383,7 +370,7 @@ def vq_update_(
             )
     for name, array in (("codebook", codebook), ("ema_counts", ema_counts), ("ema_sums", ema_sums), ("sums", sums)):
         check_float(name, array)
-    _check_writable(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums)
+    check_writable(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums)
     settings = dict(decay=float(decay), eps=float(eps), metric=metric)
     if kind == "torch":
         check_same_device(codebook=codebook, ema_counts=ema_counts, ema_sums=ema_sums, counts=counts, sums=sums)
