@@ -37,6 +37,8 @@ MEDITOK_INLINE Vec where_equal(Vec a, Vec b, Vec then, Vec otherwise) {
     return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));
 }
 
+#include "attention/attention_blocks.inl.h"
+//
 #include "attention/attention_simd.inl.h"
 #include "attention/attention_simd_backward.inl.h"
 

@@ -48,6 +48,8 @@ MEDITOK_INLINE Vec where_equal(Vec a, Vec b, Vec then, Vec otherwise) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), otherwise, then);
 }
 
+#include "attention/attention_blocks.inl.h"
+//
 #include "attention/attention_simd.inl.h"
 #include "attention/attention_simd_backward.inl.h"
 

@@ -27,6 +27,7 @@ py::dict build_info() {
     info["compiler"] = __VERSION__;
     info["isa_compiled"] = to_list(isa_compiled());
     info["isa_detected"] = to_list(isa_detected());
+    info["amx"] = has_tiles();
 #if defined(__SANITIZE_ADDRESS__)
     info["sanitized"] = true;
 #else

@@ -4,6 +4,11 @@
 
 #include "common/check.h"
 
+#if defined(MEDITOK_HAVE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace meditok {
 
 namespace {
@@ -104,6 +109,17 @@ std::string choose_isa(const std::string& name) {
 Isa current_isa() {
     if (chosen.load() < 0) choose_isa("");
     return static_cast<Isa>(chosen.load());
+}
+
+bool has_tiles() {
+#if defined(MEDITOK_HAVE_AMX) && defined(__linux__)
+    // Linux keeps a process from the tile registers until it asks for them: arch_prctl(ARCH_REQ_XCOMP_PERM, tile data).
+    static const bool granted =
+        __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return granted;
+#else
+    return false;
+#endif
 }
 
 }  // namespace meditok

@@ -19,4 +19,7 @@ std::string choose_isa(const std::string& name);
 
 Isa current_isa();
 
+// Whether level avx512vnni may compute on AMX tiles of bfloat16: compiled in, present, and granted by the system.
+bool has_tiles();
+
 }  // namespace meditok

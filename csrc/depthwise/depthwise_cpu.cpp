@@ -1,6 +1,7 @@
 // Dispatch and threads: an item is a row of outputs.
 
 #include "common/isa.h"
+#include "common/memory.h"
 #include "common/threads.h"
 #include "depthwise/depthwise.h"
 
@@ -27,6 +28,8 @@ Kernel choose_kernel() {
 
 void depthwise_cpu(const DepthwiseParams& params, int threads) {
     const Kernel kernel = choose_kernel();
+    const int64_t pixels = reduced(params.height, params.stride) * reduced(params.width, params.stride);
+    prefer_huge_pages(params.out, params.batch * pixels * params.channels * 4);
     parallel_for(params.batch * reduced(params.height, params.stride), threads,
                  [&](int, int64_t row) { kernel(params, row); });
 }

@@ -2,7 +2,7 @@
 // turn and act is none, gelu (erf), or geglu: gelu_tanh(y weight^T + bias) * (y gate_weight^T + gate_bias).
 //
 // float32, any sizes, 0 included. Every row's result depends on that row alone: not on the number of rows, their
-// order, or the threads. Vector kernels add up k in index order in chains of 256, the scalar one in double.
+// order, or the threads. Vector kernels add up k in index order in chains of 256 or 128, the scalar one in double.
 #pragma once
 
 #include <cstdint>
@@ -37,26 +37,29 @@ void linear_cpu(const LinearParams& params, int threads);
 
 // ---- between the files of this folder ---------------------------------------------------------------------
 
-// Columns are computed in panels of 32 outputs, for geglu 16 outputs and their 16 gates. Widths are padded with zeros to
-// a multiple of 16.
+// Columns are computed in panels of 32 outputs, for geglu 16 outputs and their 16 gates. Rows are prepared in tiles that
+// follow each other; widths are padded with zeros to a multiple of kPad.
 constexpr int64_t kPanel = 32;
+constexpr int64_t kPad = 32;
 
 struct LinearKernel {
-    int64_t tile_rows;  // rows a tile computes at once
-    // Panel `panel` of the weight(s) -> packed (padded width, kPanel).
-    void (*pack)(const LinearParams& params, int64_t panel, float* packed);
-    // `count` <= tile_rows normalised rows from `row` on -> tile (padded width / 16, tile_rows, 16).
-    void (*prepare)(const LinearParams& params, int64_t row, int64_t count, float* tile);
-    // One tile by one packed panel, activation and residual included, into params.out. Meanwhile 2 * (padded width)
-    // floats from `later` on are fetched towards the processor.
-    void (*run)(const LinearParams& params, int64_t row, int64_t count, const float* tile, int64_t panel,
-                const float* packed, const float* later);
+    int64_t tile_rows;  // rows of a tile
+    int64_t bytes;      // that a prepared value takes
+    // Bytes of memory of its own that a thread needs to run `rows` rows of `width` values, padded.
+    int64_t (*spare)(int64_t rows, int64_t width);
+    // `count` <= tile_rows normalised rows from `row` on -> tile, tile_rows * (padded width) values.
+    void (*prepare)(const LinearParams& params, int64_t row, int64_t count, void* tile, void* spare);
+    // `count` rows from `row` on, which lie in `tiles`, by panels `panel` to `last`, activation and residual included,
+    // into params.out.
+    void (*run)(const LinearParams& params, int64_t row, int64_t count, const void* tiles, int64_t panel,
+                int64_t last, void* spare);
 };
 
 LinearKernel linear_avx2();
 LinearKernel linear_avx512();
+LinearKernel linear_amx();
 
-// Rows begin to end, by plain loops.
-void linear_scalar(const LinearParams& params, int64_t begin, int64_t end);
+// Columns first to last of rows begin to end, by plain loops.
+void linear_scalar(const LinearParams& params, int64_t begin, int64_t end, int64_t first, int64_t last);
 
 }  // namespace meditok

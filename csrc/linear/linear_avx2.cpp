@@ -15,12 +15,14 @@ namespace {
 
 constexpr int64_t kTileRows = 6;
 
+#include "linear/linear_rows.inl.h"
+//
 #include "linear/linear_simd.inl.h"
 
 }  // namespace
 
 LinearKernel linear_avx2() {
-    return {kTileRows, pack_panel, prepare_tile, run_tile};
+    return {kTileRows, sizeof(float), spare_bytes, prepare_tile, run_panels};
 }
 
 }  // namespace meditok

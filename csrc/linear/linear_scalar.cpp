@@ -36,13 +36,13 @@ float activate(float value, Activation activation) {
 
 }  // namespace
 
-void linear_scalar(const LinearParams& params, int64_t begin, int64_t end) {
+void linear_scalar(const LinearParams& params, int64_t begin, int64_t end, int64_t first, int64_t last) {
     std::vector<float> row(static_cast<size_t>(params.width));
     for (int64_t r = begin; r < end; ++r) {
         const float* x = params.x + r * params.x_stride;
         row.assign(x, x + params.width);
         for (int i = 0; i < params.norms; ++i) normalise(row, params.norm[i]);
-        for (int64_t column = 0; column < params.columns; ++column) {
+        for (int64_t column = first; column < last; ++column) {
             float value = activate(product(row, params.weight, params.bias, column), params.activation);
             if (params.activation == Activation::kGeglu) {
                 value *= product(row, params.gate_weight, params.gate_bias, column);

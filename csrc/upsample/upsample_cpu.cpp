@@ -1,6 +1,7 @@
 // Dispatch and threads: an item is a row of the small map.
 
 #include "common/isa.h"
+#include "common/memory.h"
 #include "common/threads.h"
 #include "upsample/upsample.h"
 
@@ -27,6 +28,9 @@ void differences_cpu(const DifferencesParams& params, int threads) {
     const UpsampleKernel kernel = choose_kernel();
     const int64_t h = params.height, w = params.width, channels = params.channels, line = w * channels;
     if (line == 0) return;
+    prefer_huge_pages(params.tall, params.batch * (h + 1) * line * 4);
+    prefer_huge_pages(params.wide, params.batch * h * (line + channels) * 4);
+    prefer_huge_pages(params.both, params.batch * (h + 1) * (line + channels) * 4);
     parallel_for(params.batch * (h + 1), threads, [&](int, int64_t item) {
         const int64_t image = item / (h + 1), row = item % (h + 1);
         const float* below = row < h ? params.x + (image * h + row) * line : nullptr;
@@ -48,6 +52,7 @@ void gather_cpu(const GatherParams& params, int threads) {
     const UpsampleKernel kernel = choose_kernel();
     const int64_t h = params.height, w = params.width, channels = params.channels;
     if (channels == 0) return;
+    prefer_huge_pages(params.out, 4 * params.batch * h * w * channels * 4);
     parallel_for(params.batch * h, threads, [&](int, int64_t item) {
         const int64_t image = item / h, row = item % h;
         for (int64_t p = 0; p < 2; ++p) {

@@ -61,10 +61,11 @@ def assert_close(arguments, options):
 @pytest.mark.parametrize("norms", [0, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_at_the_edges_of_tiles_and_panels(level, kind, norms):
-    """Rows around 6 and 14, widths around 16, columns around 16 and 32; none, one, and more than a chunk holds."""
+    """Rows around 6, 14, 16 and 32, widths around 16, 32 and 64, columns around 16, 32 and 64; none, one, and more than
+    a chunk holds."""
     for shape in [(0, 5, 3), (3, 5, 0), (1, 1, 1), (5, 7, 15), (6, 16, 16), (7, 17, 33), (13, 31, 31), (14, 48, 32)]:
         assert_close(*operands(*shape, kind, norms))
-    for shape in [(15, 33, 65), (29, 9, 130), (300, 2100, 5)]:
+    for shape in [(15, 33, 65), (29, 9, 130), (300, 2100, 5), (16, 32, 64), (17, 65, 33), (33, 64, 31), (47, 96, 97)]:
         assert_close(*operands(*shape, kind, norms))
 
 
@@ -91,6 +92,27 @@ def test_gelu_is_right_over_its_whole_range(level):
         assert (((found - wanted).abs() / x.abs().clamp(min=1))[finite]).max() <= 2e-7
     assert linear(x[-2:], one, zero, activation="gelu").tolist()[0] == [torch.inf]
     assert linear(x[-1:], one, zero, activation="gelu").isnan().all()
+
+
+def test_values_far_from_one(level):
+    """Products of 1e30 and 1e-30, of values near the largest float, and what overflows; none takes others with it."""
+    for scale in (1e30, 1e-25):
+        (x, weight, bias), options = operands(20, 70, 40)
+        options["residual"] = None
+        assert_close((x * scale, weight / scale, bias), options)
+    x, weight = randn(5, 3), randn(4, 3, seed=1)
+    x[1] = torch.tensor([3e38, 1.0, -1.0])
+    weight[2] = torch.tensor([1e-38, -torch.inf, 0.0])
+    found, wanted = linear(x, weight), torch.nn.functional.linear(x.double(), weight.double()).float()
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+def test_others_who_compute_on_tiles_are_not_disturbed():
+    """PyTorch's bfloat16 products, which configure AMX tiles where there are any, before and after ours."""
+    half, (arguments, options) = randn(64, 64, dtype=torch.bfloat16), operands(40, 70, 50)
+    before = half @ half
+    first = linear(*arguments, **options)
+    assert torch.equal(half @ half, before) and torch.equal(linear(*arguments, **options), first)
 
 
 @pytest.mark.parametrize("kind", KINDS)
