@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from meditok.models import plan
 from meditok.models.config import PRESETS
+
+from ..ops.helpers import run_python
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -48,3 +52,34 @@ def test_as_many_images_as_the_free_memory_holds(monkeypatch):
     assert plan.images_at_once(config, 256, 256, cuda) == 8
     assert plan.images_at_once(config, 4096, 4096, cuda) == 1
     assert plan.images_at_once(config, 256, 256, torch.device("cpu")) == 1
+
+
+HELD = """
+import os, pathlib, torch, meditok
+from meditok.models import plan
+torch.set_num_threads(1)
+model = meditok.build("vitamin-small", seed=0).eval()
+convolutions = model.encoder.patch_embed["backbone"], model.decoder.convolve
+inputs = torch.zeros(1, 3, 256, 256), torch.zeros(1, model.config.width, 16, 16)
+def status(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
+with torch.no_grad():
+    for run, x in zip(convolutions, inputs):
+        run(x[..., :1, :1].expand(-1, -1, 32, 32).contiguous())  # folds weights, starts threads
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts over
+        before = status("VmRSS")
+        run(x)
+        print(status("VmHWM") - before, plan.image_bytes(model.config, 256, 256))
+"""
+
+
+def test_the_plan_holds_for_one_image():
+    """What encoder and decoder convolutions take beyond weights and input, measured in a fresh process on the CPU."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system does not tell a process its peak")
+    result = run_python(HELD)
+    pairs = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+    assert len(pairs) == 2, result.stderr
+    assert all(held <= planned for held, planned in pairs), pairs
+    assert max(held for held, _ in pairs) >= pairs[0][1] / 4, "the plan holds far more than is needed"

@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
+from meditok import native
+
 from .emulation import build
-from .helpers import ROOT
+from .helpers import ROOT, levels_here
 
 
 def emulated(tmp_path_factory, op: str):
@@ -29,3 +31,13 @@ def kernels(tmp_path_factory):
 def attention_kernels(tmp_path_factory):
     """The kernels of csrc/attention, likewise."""
     return emulated(tmp_path_factory, "attention")
+
+
+@pytest.fixture(params=levels_here() or ["reference"])
+def level(request):
+    """Every level of this build and machine in turn, then the one chosen at import again."""
+    if request.param != "reference":
+        native.core.choose_isa(request.param)
+    yield request.param
+    if request.param != "reference":
+        native.core.choose_isa(native.isa)

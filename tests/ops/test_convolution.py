@@ -13,16 +13,7 @@ from meditok.ops import reference
 from meditok.ops.convolution import depthwise_gelu, upsample_differences, upsample_gather
 from meditok.ops.linear import VECTOR_LEVELS
 
-from .helpers import levels_here, randn
-
-
-@pytest.fixture(params=levels_here() or ["reference"])
-def level(request):
-    if request.param != "reference":
-        native.core.choose_isa(request.param)
-    yield request.param
-    if request.param != "reference":
-        native.core.choose_isa(native.isa)
+from .helpers import randn
 
 
 def depthwise_operands(batch, h, w, channels, seed=0):

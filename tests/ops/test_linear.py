@@ -12,18 +12,9 @@ from meditok.errors import DtypeError, ShapeError
 from meditok.ops import reference
 from meditok.ops.linear import VECTOR_LEVELS, linear
 
-from .helpers import levels_here, randn
+from .helpers import randn
 
 KINDS = ("none", "gelu", "geglu")
-
-
-@pytest.fixture(params=levels_here() or ["reference"])
-def level(request):
-    if request.param != "reference":
-        native.core.choose_isa(request.param)
-    yield request.param
-    if request.param != "reference":
-        native.core.choose_isa(native.isa)
 
 
 def operands(rows, width, columns, kind="none", norms=0, seed=0):

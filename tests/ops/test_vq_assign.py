@@ -23,17 +23,6 @@ from .helpers import (
 )
 
 
-@pytest.fixture(params=levels_here() or ["reference"])
-def level(request):
-    """Every level of this build and machine in turn, then the one chosen at import again."""
-    if request.param == "reference":
-        yield request.param
-        return
-    native.core.choose_isa(request.param)
-    yield request.param
-    native.core.choose_isa(native.isa or "")
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
