@@ -47,9 +47,9 @@ MEDITOK_INLINE void split(Vec a, Vec b, Vec* parts) {
         const Vec top_b = part == 2 ? b : sub(wide_b, sub(wide_b, b));
         a = sub(a, top_a);
         b = sub(b, top_b);
+        // The lower halves of both are 0.
         const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(top_a), 16);
-        parts[part] =
-            _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(top_b)));
+        parts[part] = _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(top_b)));
     }
 }
 
@@ -187,8 +187,8 @@ void finish_rows(const LinearParams& params, int64_t row, int64_t count, int64_t
         const int64_t here = count - group * kGroup < kGroup ? count - group * kGroup : kGroup;
         for (int64_t r = 0; r < here; ++r) {
             const Vec a = load(turned + r * kPanel), b = load(turned + r * kPanel + kGroup);
-            constexpr int kNotFinite = 0x99;
-            if (_mm512_fpclass_ps_mask(a, kNotFinite) | _mm512_fpclass_ps_mask(b, kNotFinite)) {
+            const Vec zero = add(sub(a, a), sub(b, b));  // NaN where one is not finite
+            if (_mm512_cmp_ps_mask(zero, zero, _CMP_UNORD_Q) != 0) {
                 // Infinity has no parts; the plain loops know it.
                 const int64_t at_row = row + group * kGroup + r;
                 linear_scalar(params, at_row, at_row + 1, begin, end);

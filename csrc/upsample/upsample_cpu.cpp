@@ -66,6 +66,14 @@ void gather_cpu(const GatherParams& params, int threads) {
                         params.wide + ((item * (w + 1) + j + q) * 2 + q) * channels,
                         params.both + ((between * (w + 1) + j + q) * 4 + 2 * p + q) * channels,
                     };
+                    // Those of the pixel after the next one: short runs far apart, which the machine does not foresee.
+                    if (j + 1 < w) {
+                        constexpr int64_t kSteps[4] = {1, 2, 2, 4};
+                        for (int part = q == 0 ? 0 : 2; part < 4; ++part) {
+                            const float* later = parts[part] + kSteps[part] * channels;
+                            for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(later + c);
+                        }
+                    }
                     kernel.pixel(params, parts, out);
                 }
             }
