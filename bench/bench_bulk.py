@@ -31,8 +31,8 @@ import meditok
 from meditok import native
 from meditok.bulk.engines import Engine, Recipe
 from meditok.bulk.folder import StoreFolder
-from meditok.bulk.workers import default_workers, usable_cores
-from meditok.cli.jobs import Job, Tally
+from meditok.bulk.workers import usable_cores
+from meditok.cli.jobs import Job, Tally, workers_for
 from meditok.data import ReadOptions, discover
 from meditok.pipeline import Settings
 from meditok.tokens.keys import Namer
@@ -122,7 +122,7 @@ def main() -> None:
     plain = Baseline(model)
     workers = options.workers
     if workers is None:
-        workers = max(1, default_workers(10_000, on_gpu=False))
+        workers = workers_for(10_000, model, Settings())
     times: dict[str, list[float]] = {"meditok": [], "DataLoader, batch 1": [], "DataLoader, batch 16": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "in")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections import deque
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ..pipeline import Settings
     from ..tokens.keys import Namer
 
+SMALL = 256 << 20  # bytes of weights up to which every worker may hold them
+
 
 @dataclass
 class Result:
@@ -46,24 +49,66 @@ class _Chunk:
     ids: Future | None = None
 
 
+def alone(model: Tokenizer, settings: Settings) -> bool:
+    """Whether every picture is computed alone, by one thread, so that its ids depend on no other picture."""
+    return settings.stable and model.device.type == "cpu"
+
+
+def can_travel(model: Tokenizer, settings: Settings) -> bool:
+    """Whether workers may hold the model themselves: its results do not depend on them, and it is small."""
+    return alone(model, settings) and sum(p.nbytes for p in model.parameters()) <= SMALL
+
+
+class Carried:
+    """The model as worker processes have it, a copy of their own: gives items ids in place of their pixels.
+
+    In threads of one process, Python's lock costs a small model a third of its speed, and pictures passed between
+    processes cost as much again.
+    """
+
+    def __init__(self, model: Tokenizer):
+        self._pickled, self._model = pickle.dumps(model), None
+
+    def __call__(self, item: Item) -> Item:
+        if self._model is None:
+            self._model, self._pickled = pickle.loads(self._pickled), b""
+        if item.pixels is not None:
+            started = time.perf_counter()
+            item.ids = _ids(self._model, [item.pixels], stable=True)[0]
+            item.pixels, item.seconds = None, time.perf_counter() - started
+        return item
+
+
+def _ids(model: Tokenizer, pixels: list[torch.Tensor], *, stable: bool) -> np.ndarray:
+    """(B, G, N) as token files hold them."""
+    found = model.tokenize(torch.stack(pixels), stable=stable).cpu().numpy()
+    return found.astype(id_dtype(model.config.codebook_size))
+
+
 class Encoder:
     """Runs the model in threads of its own, so that reading and writing go on meanwhile.
 
-    In stable mode on a CPU every picture is computed alone, by one thread, and as many at a time as torch has
-    threads: its ids depend on no other picture, and no thread waits for another within it. Otherwise batches of
-    `settings.batch_size` run one after the other. Use as a context manager.
+    Pictures that are computed `alone` go through it one a thread, as many at a time as torch has threads, and no
+    thread waits for another within one. Otherwise batches of `settings.batch_size` run one after the other. Use as a
+    context manager.
     """
 
     def __init__(self, model: Tokenizer, settings: Settings):
         self.model, self.settings = model, settings
-        alone = settings.stable and model.device.type == "cpu"
+        single = alone(model, settings)
         self._before = torch.get_num_threads()
-        self.threads = self._before if alone else 1
-        self._size = 1 if alone else settings.batch_size
-        within = 1 if alone else self._before
+        self.threads = self._before if single else 1
+        self._size = 1 if single else settings.batch_size
+        within = 1 if single else self._before
         self._pool = ThreadPoolExecutor(self.threads, "model", torch.set_num_threads, (within,))
-        self.seconds = 0.0  # that threads spent in the model
+        self.seconds = 0.0  # that threads and workers spent in the model
         self._lock = threading.Lock()
+
+    def carried(self, workers: int) -> Carried | None:
+        """What so many workers do with the pictures they read: the model, where there is one for every thread."""
+        if workers >= self.threads and can_travel(self.model, self.settings):
+            return Carried(self.model)
+        return None
 
     def results(self, items: Iterator[Item], sources: int) -> Iterator[Result | End]:
         """Take the items of so many sources; yield one Result for each of their files, and each source's End.
@@ -72,7 +117,7 @@ class Encoder:
         series of files) is done. Memory: a few batches of pictures, and the tokens of one source.
         """
         results: dict[str, Result] = {}
-        for item, ids in self._tokenized(self._of(items, sources)):
+        for item in self._tokenized(self._of(items, sources)):
             if item.end is not None:
                 for name, path in item.end.files:
                     if name not in results:
@@ -90,7 +135,7 @@ class Encoder:
                 yield replace(result, error=item.error, ids=[], rows=[])
                 result.error = item.error
             else:
-                result.ids.append(ids)
+                result.ids.append(item.ids)
                 result.rows.append(item.row)
 
     def _of(self, items: Iterator[Item], sources: int) -> Iterator[Item]:
@@ -99,12 +144,13 @@ class Encoder:
             sources -= item.end is not None
             yield item
 
-    def _tokenized(self, items: Iterable[Item]) -> Iterator[tuple[Item, np.ndarray | None]]:
-        """Pairs (item, ids (G, N) or None), in order."""
+    def _tokenized(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items in order, those with pixels given ids instead."""
         waiting: deque[tuple[Item, _Chunk | None, int]] = deque()
         chunk, running = _Chunk(), deque()
         for item in items:
             if item.pixels is None:
+                self._spent(item.seconds)
                 waiting.append((item, None, 0))
             else:
                 waiting.append((item, chunk, len(chunk.pixels)))
@@ -130,13 +176,18 @@ class Encoder:
 
     def _run(self, pixels: list[torch.Tensor]) -> np.ndarray:
         started = time.perf_counter()
-        found = self.model.tokenize(torch.stack(pixels), stable=self.settings.stable).cpu().numpy()
+        found = _ids(self.model, pixels, stable=self.settings.stable)
         pixels.clear()
+        self._spent(time.perf_counter() - started)
+        return found
+
+    def _spent(self, seconds: float) -> None:
         with self._lock:
-            self.seconds += time.perf_counter() - started
-        return found.astype(id_dtype(self.model.config.codebook_size))
+            self.seconds += seconds
 
     def __enter__(self) -> Encoder:
+        if self.threads > 1:
+            torch.set_num_threads(1)  # reading shares the cores with those threads
         return self
 
     def __exit__(self, *_) -> None:
@@ -148,16 +199,16 @@ def _ready(chunk: _Chunk | None) -> bool:
     return chunk is None or (chunk.ids is not None and chunk.ids.done())
 
 
-def _taken(item: Item, chunk: _Chunk | None, place: int) -> tuple[Item, np.ndarray | None]:
-    return item, None if chunk is None else chunk.ids.result()[place]
+def _taken(item: Item, chunk: _Chunk | None, place: int) -> Item:
+    if chunk is not None:
+        item.ids = chunk.ids.result()[place]
+    return item
 
 
-def encode(
-    sources: Sequence[Source], model: Tokenizer, settings: Settings, namer: Namer, workers: int = 0
-) -> Iterator[Result]:
-    """One Result for each file of the sources, in order; see Encoder.results."""
+def encode(sources: Sequence[Source], model: Tokenizer, settings: Settings, namer: Namer) -> Iterator[Result]:
+    """One Result for each file of the sources, in order, all in this process; see Encoder.results."""
     reader = Reader(settings.size_for(model), settings.fit, settings.columns, namer)
-    with Encoder(model, settings) as encoder, closing(stream(reader, sources, workers)) as items:
+    with Encoder(model, settings) as encoder, closing(stream(reader, sources, 0)) as items:
         for result in encoder.results(items, len(sources)):
             if isinstance(result, Result):
                 yield result

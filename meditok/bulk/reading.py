@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..errors import BadInputError, MeditokError
@@ -43,6 +44,8 @@ class Item:
     warnings: tuple[str, ...] = ()
     error: MeditokError | None = None
     end: End | None = None
+    ids: np.ndarray | None = None  # (G, N), and no pixels any more, once it has been through the model
+    seconds: float = 0.0  # that this took
 
     def __getstate__(self) -> dict:
         # As plain bytes, and one channel of a grey picture: torch would pass them through shared memory, which

@@ -48,7 +48,7 @@ class Seconds:
     decode: float = 0.0
     model: float = 0.0
     write: float = 0.0
-    workers: int = 0  # that decode; 0: in this process
+    workers: int = 0  # that decode, and run a small model; 0: in this process
     threads: int = 1  # that run the model
 
 
@@ -127,7 +127,7 @@ def run_shards(shards: Sequence[Shard], work: Work, open_sink: Callable[[Shard],
     started, seconds = time.perf_counter(), Seconds(workers=work.workers)
     with (
         Encoder(work.model, settings) as encoder,
-        closing(stream(reader, sources, work.workers, pictures)) as items,
+        closing(stream(reader, sources, work.workers, pictures, encoder.carried(work.workers))) as items,
         _Behind() as behind,
     ):
         for shard in shards:

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bulk.encoding import Result
+from ..bulk.encoding import Result, can_travel
 from ..bulk.plan import Plan, make_plan
 from ..bulk.run import Seconds, Summary, Work, failure_record, run_shards
-from ..bulk.workers import default_workers
+from ..bulk.workers import default_workers, stream, warm_up
 from ..errors import BadInputError, MeditokError, MissingPartError, UsageError
 from ..pipeline import Settings
 from ..tokens.schema import TokenInfo, check_extra
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..tokens.keys import Namer
 
 SOME_FAILED = 6
+MANY_HEADERS = 1000  # DICOM files whose headers take longer than worker processes to start
 
 
 @dataclass
@@ -132,11 +133,20 @@ def outputs_of(out: str | None, json_out: str | None) -> list[str]:
     return written
 
 
-def find_inputs(inputs: Sequence[str], options: ReadOptions, outputs: Sequence[str] = ()) -> Discovery:
-    """Walk the inputs and tell what the walk noticed. UsageError: an output is an input, or names collide."""
+def find_inputs(
+    inputs: Sequence[str], options: ReadOptions, outputs: Sequence[str] = (), *, workers: int | None = None
+) -> Discovery:
+    """Walk the inputs and tell what the walk noticed. UsageError: an output is an input, or names collide.
+
+    `workers` processes read DICOM headers where there are many; None: as many as the machine has cores.
+    """
     from ..data import discover
 
-    found = discover(inputs, options, console.progress)
+    def through(function: Callable, tasks: Sequence) -> Iterator:
+        some = default_workers(len(tasks)) if workers is None else workers
+        return stream(function, tasks, some if len(tasks) >= MANY_HEADERS else 0)
+
+    found = discover(inputs, options, console.progress, through)
     guard_outputs(inputs, found, outputs)
     found.failed[:] = [(found.names[path], error) for path, error in found.failed]  # as rows would be named
     for warning in found.warnings:
@@ -288,15 +298,25 @@ def start(
 
     namer = Namer(keep_names=settings.keep_names)
     console.use_names(namer.digest)
-    found = find_inputs(inputs, reading, outputs)
+    found = find_inputs(inputs, reading, outputs, workers=options.get("workers"))
     check_columns(found, settings.columns)
     if settings.keep_names:
         check_names(found)
+    if default_workers(len(found.sources)) and options.get("workers") != 0:
+        warm_up()
     model = load_model(options["model"], options["device"], options["precision"])
     workers = options.get("workers")
     if workers is None:
-        workers = default_workers(len(found.sources), on_gpu=model.device.type != "cpu", processes=processes)
+        workers = workers_for(len(found.sources), model, settings, processes)
     return Job(found, reading, settings, model, namer, options["on_error"], workers)
+
+
+def workers_for(sources: int, model: Tokenizer, settings: Settings, processes: int = 1) -> int:
+    """Worker processes for so many sources, by the machine: one a core if they run the model or it has a device of its
+    own; else one for two cores, which the threads of the model need.
+    """
+    whole = model.device.type != "cpu" or can_travel(model, settings)
+    return default_workers(sources, share=1 if whole else 0.5, processes=processes)
 
 
 @dataclass

@@ -66,7 +66,7 @@ def scan(found: Discovery, probe: Probe | None = None, workers: int | None = Non
     ]
     with console.progress("reading", len(found.sources)) as advance:
         if workers is None:
-            workers = default_workers(len(found.sources), on_gpu=True)
+            workers = default_workers(len(found.sources))
         with closing(stream(probe or Probe(), found.sources, workers)) as probed:
             for some in probed:
                 records += some

@@ -89,7 +89,7 @@ def _resize(pixels: torch.Tensor, rows: int, columns: int, grey: bool) -> torch.
         return pixels
     planes = pixels[:1] if grey else pixels  # a grey picture is resized once, not three times
     resized = F.interpolate(planes[None], size=(rows, columns), mode="bilinear", antialias=True, align_corners=False)
-    return resized[0].clamp(-1, 1).expand(pixels.shape[0], rows, columns).contiguous()
+    return resized[0].clamp_(-1, 1).expand(pixels.shape[0], rows, columns).contiguous()
 
 
 def _pad(pixels: torch.Tensor, pad: tuple[int, int, int, int]) -> torch.Tensor:

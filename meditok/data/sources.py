@@ -165,6 +165,12 @@ class Source:
         return list(records.values())
 
 
+def one_by_one(function: Callable[[Any], Iterator], tasks: Sequence) -> Iterator:
+    """Every item of `function(task)` for every task, in order."""
+    for task in tasks:
+        yield from function(task)
+
+
 @contextmanager
 def _silently(label: str, total: int) -> Iterator[Callable[[], object]]:
     yield lambda: None
@@ -174,8 +180,11 @@ def discover(
     inputs: Sequence[str | os.PathLike],
     options: ReadOptions | None = None,
     progress: Callable[[str, int], AbstractContextManager[Callable[[], object]]] = _silently,
+    through: Callable[[Callable, Sequence], Iterator] = one_by_one,
 ) -> Discovery:
     """Sort out what the inputs hold; only headers are read. `progress` is told how many files there are, and of each.
+
+    `through` goes through DICOM headers, as `one_by_one` does, or in several processes.
 
     Raises UsageError for an input that does not exist, for equal relative names from two inputs, and for a
     CT window when there is no CT. Everything else that is wrong is listed in `failed`.
@@ -191,7 +200,7 @@ def discover(
         for file in found:
             if _sort_out(file, options, discovery, dicom):
                 advance()
-        _series(dicom, discovery, options, advance)
+        _series(dicom, discovery, options, advance, through)
     discovery.sources.sort(key=lambda source: source.name)
     _check_ct_window(discovery, options, named=len(found) == 1 and found[0].named)
     return discovery
@@ -262,34 +271,72 @@ def _sidecar(kind: str, blob: Blob) -> str | None:
         return None  # opening the file reports it
 
 
+@dataclass
+class _Scan:
+    """A DICOM file to look at, with the options that hold for it."""
+
+    file: Found
+    options: ReadOptions
+
+    @property
+    def path(self) -> str:
+        return self.file.blob.label
+
+
+@dataclass
+class _Seen:
+    """What its header tells: slices, or why it is left out, or what is wrong with it."""
+
+    slices: list = field(default_factory=list)
+    reason: str | None = None
+    localiser: bool = False  # left out for that alone
+    error: MeditokError | None = None
+
+
+def _look(scan: _Scan) -> Iterator[_Seen]:
+    from meditok.data.readers.dicom_header import Header
+    from meditok.data.readers.dicom_series import slices_of
+
+    try:
+        header = Header(scan.file.blob, scan.options)
+        reason = header.not_an_image()
+        if reason and not scan.file.named:
+            localiser = header.is_localiser and not header.is_secondary and bool(header.layout.keyword)
+            yield _Seen(reason=reason, localiser=localiser)
+            return
+        header.require_image()
+        header.check_pixels()
+        yield _Seen(slices_of(header))
+    except MeditokError as error:
+        yield _Seen(error=error)
+
+
 def _series(
-    files: list[tuple[Found, ReadOptions]], discovery: Discovery, options: ReadOptions, advance: Callable[[], object]
+    files: list[tuple[Found, ReadOptions]],
+    discovery: Discovery,
+    options: ReadOptions,
+    advance: Callable[[], object],
+    through: Callable[[Callable, Sequence], Iterator],
 ) -> None:
     """Group DICOM files by series, orientation and size, one Source a group."""
     if not files:
         return
-    from meditok.data.readers.dicom_header import Header
-    from meditok.data.readers.dicom_series import arrange, slices_of
+    from meditok.data.readers.dicom_series import arrange
 
     groups: dict[tuple, Source] = {}
     matched = False
-    for file, own in files:
+    for (file, own), seen in zip(files, through(_look, [_Scan(*each) for each in files]), strict=True):
         label = file.blob.label
         advance()
-        try:
-            header = Header(file.blob, own)
-            reason = header.not_an_image()
-            if reason and not file.named:
-                if header.is_localiser and not header.is_secondary and header.layout.keyword:
-                    discovery.warnings.append(f"{label}: localiser left out (--include-secondary reads it)")
-                discovery.ignored.append((label, reason))
-                continue
-            header.require_image()
-            header.check_pixels()
-            slices = slices_of(header)
-        except MeditokError as error:
-            discovery.fail(label, file.name, error)
+        if seen.reason is not None:
+            if seen.localiser:
+                discovery.warnings.append(f"{label}: localiser left out (--include-secondary reads it)")
+            discovery.ignored.append((label, seen.reason))
             continue
+        if seen.error is not None:
+            discovery.fail(label, file.name, seen.error)
+            continue
+        slices = seen.slices
         if options.series is not None:
             if options.series not in (slices[0].series, slices[0].number):
                 discovery.ignored.append((label, "of another series"))

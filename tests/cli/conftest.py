@@ -94,6 +94,9 @@ class PatchModel:
     )
     hash, codebook_hash, precision, device = "1" * 64, "2" * 64, "fp32", torch.device("cpu")
 
+    def parameters(self):
+        return iter(())
+
     def tokenize(self, images, *, stable=False):
         means = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 16).flatten(1)
         ids = ((means + 1) / 2 * 4095).round().long()

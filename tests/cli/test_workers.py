@@ -99,8 +99,8 @@ def test_bundles_hold_so_many_pictures_or_one_task():
 
 
 def test_few_files_start_no_process_and_many_do():
-    assert default_workers(10, on_gpu=False) == 0
-    assert default_workers(10_000, on_gpu=False) >= 1
+    assert default_workers(10, share=0.5) == 0
+    assert default_workers(10_000, share=0.5) >= 1
 
 
 def test_a_file_that_changes_while_it_is_read_fails(make, tmp_path):

@@ -75,6 +75,13 @@ def choose_window(
     return Window(*CT_WINDOWS["default"], "default") if ct else auto()
 
 
+def windowed(values: np.ndarray, window: Window) -> torch.Tensor:
+    """Stored values (H, W) or (H, W, 3) -> contiguous float32 (3, H, W) in [-1, 1]."""
+    if values.ndim == 3:  # turned while they are small
+        return torch.from_numpy(window.apply(np.ascontiguousarray(values.transpose(2, 0, 1))))
+    return to_tensor(window.apply(values))
+
+
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """float32 (H, W) or (H, W, 3) -> contiguous (3, H, W)."""
     if pixels.ndim == 2:

@@ -21,7 +21,7 @@ from meditok.data.image import Geometry, MedicalImage
 from meditok.data.options import Deadline, ReadOptions
 from meditok.data.readers.blob import Blob
 from meditok.data.readers.code_stream import check_scans
-from meditok.data.readers.common import choose_window, replace_nonfinite, to_tensor
+from meditok.data.readers.common import choose_window, replace_nonfinite, windowed
 from meditok.data.windows import ValueStatistics, Window
 from meditok.errors import CorruptImageError, ImageTooLargeError, IntensityError, MeditokError
 
@@ -117,7 +117,7 @@ class PictureFile:
         window = self._window(values, low, high, ct, notes)
         steps.append(window.label)
         return MedicalImage(
-            pixels=to_tensor(window.apply(values)),
+            pixels=windowed(values, window),
             low=window.low,
             high=window.high,
             unit=unit,
