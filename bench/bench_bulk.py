@@ -37,6 +37,8 @@ from meditok.data import ReadOptions, discover
 from meditok.pipeline import Settings
 from meditok.tokens.keys import Namer
 
+BATCHES = (1, 4, 16)
+
 
 def make_inputs(folder: Path, images: int) -> None:
     """Real pictures that installed packages ship, cut at different places: three PNGs for every DICOM file."""
@@ -123,7 +125,7 @@ def main() -> None:
     workers = options.workers
     if workers is None:
         workers = workers_for(10_000, model, Settings())
-    times: dict[str, list[float]] = {"meditok": [], "DataLoader, batch 1": [], "DataLoader, batch 16": []}
+    times: dict[str, list[float]] = {"meditok": []} | {f"DataLoader, batch {batch}": [] for batch in BATCHES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "in")
         folder.mkdir()
@@ -132,7 +134,7 @@ def main() -> None:
             out = Path(temporary, f"out{number}")
             out.mkdir()
             seconds, _ = ours(folder, out, model, options.size, workers)
-            rest = [published(folder, out, plain, options.size, batch, cores) for batch in (1, 16)]
+            rest = [published(folder, out, plain, options.size, batch, cores) for batch in BATCHES]
             shutil.rmtree(out)
             if number:
                 for name, value in zip(times, (seconds, *rest), strict=True):

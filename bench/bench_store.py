@@ -1,17 +1,20 @@
 """Tokens a second from a store to int64 batches, against Hugging Face datasets over the same file, in one process.
 
 python bench/bench_store.py [--rows 16384] [--rounds 5]: a synthetic store of 8 x 16 x 16 random ids of 4,096 a row.
+Appends to results/store.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import torch
-from timing import interleave
+from timing import append_rows, commit, interleave, processor
 
 from meditok import TokenDataset, TokenStream
 from meditok.tokens import Description, TokenInfo
@@ -58,10 +61,29 @@ def main() -> None:
             "datasets, random batches": lambda: [theirs[batch]["tokens"] for batch in order],
         }
         found = interleave(candidates, options.rounds)
-    tokens = options.rows * 2048
+    tokens, rows = options.rows * 2048, []
     for name, (p20, p50, p80) in found.items():
         times = f"p20 {p20:.3f} s, p50 {p50:.3f} s, p80 {p80:.3f} s"
         print(f"{name:<36} {tokens / p50 / 1e6:8.1f} million tokens/s  ({times})")
+        rows.append(
+            {
+                "name": name,
+                "rows": options.rows,
+                "batch": BATCH,
+                "mtokens_per_s": round(tokens / p50 / 1e6, 1),
+                "p20_s": round(p20, 4),
+                "p50_s": round(p50, 4),
+                "p80_s": round(p80, 4),
+                "threads": 1,
+                "load": round(os.getloadavg()[0], 1),
+                "device": processor(),
+                "torch": torch.__version__,
+                "pyarrow": pyarrow.__version__,
+                "datasets": datasets.__version__,
+                "commit": commit(),
+            }
+        )
+    print(f"rows appended to {append_rows('store', rows)}")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,9 @@ planning = click.option("--dry-run", is_flag=True, help="Read everything, write 
 
 bulk = _together(
     click.option(
-        "--workers", type=click.IntRange(0), help="Processes that read files; 0: none.  [default: by the machine]"
+        "--workers",
+        type=click.IntRange(0),
+        help="Processes that read files and, on a CPU, run a small model; 0: none.  [default: by the machine]",
     ),
     click.option("--shard-size", type=int, default=8192, show_default=True, help="Rows a part of a folder, about."),
     click.option(

@@ -99,9 +99,8 @@ def apply_window(values: np.ndarray, window: Window) -> np.ndarray:
         return np.where(values > window.low, np.float32(1), np.float32(-1))
     if values.dtype == np.uint8 and values.size > 4096:  # the same results, looked up: three times as fast
         table = torch.from_numpy(apply_window(np.arange(256, dtype=np.uint8), window))
-        return (
-            table.index_select(0, torch.from_numpy(values.astype(np.int32).reshape(-1))).numpy().reshape(values.shape)
-        )
+        places = torch.from_numpy(values.astype(np.int32).reshape(-1))
+        return table.index_select(0, places).numpy().reshape(values.shape)
     pixels = np.empty(values.shape, dtype=np.float32)
     rows = max(1, _BLOCK // max(1, values[:1].size))
     for start in range(0, len(values), rows):  # in blocks, so that float64 never doubles the memory

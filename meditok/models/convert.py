@@ -74,6 +74,9 @@ def read_checkpoint(path: Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on pickle protocols; what cannot be read raises
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        what = error.strerror or type(error).__name__
+        raise BadInputError(f"{path}: cannot be read ({what}), cut or damaged; get the file again") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         text = str(error) or type(error).__name__
         found = re.search(r"GLOBAL (\S+)", text)

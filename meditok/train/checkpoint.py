@@ -96,7 +96,7 @@ def load(folder: Path, config: TrainConfig, data: str) -> tuple[dict[str, torch.
 
 def differences(before: dict, config: TrainConfig) -> list[str]:
     """Settings that decide the weights and are not what they were: "lr 0.001, now 0.002"."""
-    now = json.loads(json.dumps(config.to_dict()))  # tuples as lists, as the file has them
+    now = json.loads(json.dumps(config.record()))  # tuples as lists, as the file has them
     return [
         f"{key} {before.get(key)!r}, now {now[key]!r}" for key in now if key not in FREE and before.get(key) != now[key]
     ]

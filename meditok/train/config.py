@@ -137,7 +137,15 @@ class TrainConfig:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
+    def record(self) -> dict:
+        """The settings as files tell them: without those that name files, which may be called after people.
 
+        Which images a run is trained on is told by the hash of their list.
+        """
+        return {key: value for key, value in self.to_dict().items() if key not in PATHS}
+
+
+PATHS = ("data", "include", "init", "perceptual_weights", "discriminator_weights", "teacher_weights")
 # Settings that change nothing about the weights: a run may go on with others.
 FREE = ("keep", "log_every", "sheet_every", "workers", "save_every", "check", "track", "cache")
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -55,7 +55,7 @@ def write_report(
             ("network", "licence", "trained on", "from"),
         ),
         "<h2>Settings</h2>",
-        _table([(key, json.dumps(value)) for key, value in (config.to_dict() | setting).items()], ("", "")),
+        _table([(key, json.dumps(value)) for key, value in (config.record() | setting).items()], ("", "")),
         "</html>\n",
     ]
     path = out / PAGE

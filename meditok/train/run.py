@@ -94,7 +94,7 @@ def fit_start(task: Alignment, items: list[Item], config: TrainConfig) -> None:
 
 
 def _as_json(config: TrainConfig, items: list[Item]) -> str:
-    record = {"config": config.to_dict(), "images": len(items), "list_sha256": list_hash(items)}
+    record = {"config": config.record(), "images": len(items), "list_sha256": list_hash(items)}
     return json.dumps(record, indent=1) + "\n"
 
 

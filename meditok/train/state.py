@@ -64,7 +64,7 @@ class Run:
             tensors = self.gathered(tensors)
         if self.world.first:
             values = {
-                "config": self.config.to_dict(),
+                "config": self.config.record(),
                 "data": self.data,
                 "setting": setting(self.world),
                 "scalers": {phase: scaler.state_dict() for phase, scaler in self.scalers.items()},

@@ -54,7 +54,7 @@ class WeightsAndBiases:
         self.wandb = require("wandb", "--track=wandb")
         name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
         self.run = self.wandb.init(
-            project="meditok", dir=str(out), id=name, resume="allow", config=config.to_dict(), name=out.resolve().name
+            project="meditok", dir=str(out), id=name, resume="allow", config=config.record(), name=out.resolve().name
         )
 
     def row(self, row: dict[str, float]) -> None:

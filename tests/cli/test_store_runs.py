@@ -73,8 +73,21 @@ def until(found, running, seconds=120):
         time.sleep(0.002)
 
 
-def test_workers_and_batches_change_no_byte_of_a_store(cli, many, tmp_path, quick_model):
-    """Tokens, order, failures and index are the same with 0, 1, 2 and 4 workers and batches of 1, 3 and 16."""
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("several", [1, 2])
+def test_workers_and_batches_change_no_byte_of_a_store(cli, many, tmp_path, quick_model, threads, several):
+    """Tokens, order, failures and index are the same with 0, 1, 2 and 4 workers and batches of 1, 3 and 16; workers run
+    the model where there is one for each thread, and else the threads do."""
+    threads(several)
     runs = {"0": (0, 16), "1": (1, 1), "2": (2, 3), "4": (4, 16)}
     for name, (workers, batch) in runs.items():
         arguments = ["--workers", workers, "--batch-size", batch, "--on-error", "skip", "--model", quick_model]
@@ -310,6 +323,47 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(many, tm
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").glob("*.tmp"))
     assert launch(*arguments).wait() == 0
     assert len(open_tokens(tmp_path / "store")) == 25
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(bytes) -> a folder on a file system of its own of that size; a second call gives it another size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def sized(size):
+        how = ["-o", f"{'remount,' if mounted else ''}size={size}", "-t", "tmpfs", "none", str(folder)]
+        done = subprocess.run(["mount", *how], capture_output=True, text=True)
+        if done.returncode and not mounted:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        mounted.append(size)
+        return folder
+
+    yield sized
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_a_file_system_that_is_full_leaves_whole_parts_and_a_run_that_can_go_on(many, tmp_path, launch, disk, share):
+    """A tmpfs that holds a tenth of the store, or some of its parts; then one that holds all."""
+    (many / "07x.png").unlink()
+    arguments = [many, "--size", 128, "--shard-size", 6, "--workers", 0, "-o"]
+    assert launch(*arguments, tmp_path / "whole").wait() == 0
+    total = sum(path.stat().st_size for path in (tmp_path / "whole").iterdir())
+    store = disk(int(total * share)) / "store"
+    running = launch(*arguments, store)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 1 and err.count("\n") == 1 and "No space left on device; free some space" in err, err
+    left = contents(store) if store.exists() else {}
+    assert not [name for name in left if name.endswith((".tmp", ".lock"))]
+    parts = [name for name in left if name.endswith(".parquet")]
+    assert (len(parts) > 0) == (share > 0.5)
+    assert all(left[name] == (tmp_path / "whole" / name).read_bytes() for name in parts)
+    disk(1 << 20)
+    assert launch(*arguments, store).wait() == 0
+    assert contents(store) == contents(tmp_path / "whole")
 
 
 def test_touched_or_copied_inputs_are_the_same_and_changed_ones_are_not(cli, many, tmp_path, patch_model):

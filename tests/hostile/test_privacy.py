@@ -7,6 +7,7 @@ import pytest
 
 from tests.hostile.marked import MARKER, everything, holds, marked_dicom, marked_files, marked_manifest
 from tests.readers.bad_inputs import BAD_INPUTS
+from tests.readers.bad_pictures import noise, png
 
 # pydicom, while these tests write such files
 pytestmark = pytest.mark.filterwarnings(
@@ -61,6 +62,101 @@ def test_every_command_over_marked_files_keeps_the_marker_to_itself(forks, input
         if arguments[0] not in ("inspect", "doctor"):
             assert not holds(result.out)
     assert len(list(out.rglob("*.png"))) > 5 and list(out.rglob("*.nii.gz"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A published checkpoint of a small model; its arguments and its folder hold the marker."""
+    import torch
+
+    import meditok
+
+    widths = dict(stem_width=24, stage_widths=(24, 48), decoder_widths=(64, 24), width=128, embed_dim=24)
+    depths = dict(encoder_depth=1, decoder_depth=1, stage_depths=(1, 1), decoder_depths=(1, 1), codebook_size=96)
+    state = meditok.build("vitamin-small", seed=0, **widths, **depths).state_dict()
+    path = tmp_path_factory.mktemp(MARKER) / "published.pth"
+    torch.save({"args": {"img_size": 64, "data": MARKER}, "trainer": {"unitok": state}, "note": MARKER}, path)
+    return path
+
+
+def test_training_and_its_failures_keep_the_marker_to_themselves(forks, tmp_path):
+    """Data, its manifest, a step, going on, and what is refused: other settings, a missing file, a broken picture."""
+    data, out = tmp_path / f"{MARKER}_data", tmp_path / "out"
+    data.mkdir()
+    out.mkdir()
+    rows = ["path,modality,split,source,caption"]
+    for number in range(4):
+        png(data / f"{MARKER}{number}.png", noise(40, 40, 3))
+        rows.append(f"{MARKER}{number}.png,us,train,{MARKER},{MARKER}")
+    (data / "manifest.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "own.toml").write_text(
+        'base = "tiny-stage1"\nstart = ""\nperceptual = 0.0\nsize = 32\nbatch = 2\nlog_every = 1\nsheet_every = 1\n'
+        "weights_ok = false\n"
+    )
+    train = ["train", tmp_path / "own.toml", "--out", out / "run", f"--data={data}", "--log-json", "--debug"]
+    made = forks.command(*train, "--steps=2", "--json", out / "r.json")
+    assert made.code == 0, made
+    check_silent(made, out)
+    assert (out / "run" / "model.safetensors").exists() and not holds(made.out)
+    refused = [
+        forks.command(*train, "--steps=2", "--lr=1"),
+        forks.command(*train, "--steps=2", f"--{MARKER}=1"),
+        forks.command(*train, f"--init={tmp_path / MARKER}.safetensors", "--fresh"),
+        forks.command(*train[:4], *train[5:], f"--data={tmp_path / MARKER}", "--fresh"),
+    ]
+    (data / f"{MARKER}0.png").write_bytes((data / f"{MARKER}0.png").read_bytes()[:200])
+    refused.append(forks.command(*train, "--steps=2", "--fresh"))
+    for result in refused:
+        assert result.code in (2, 3, 4), result
+        check_silent(result, out)
+
+
+def test_converting_and_its_failures_keep_the_marker_to_themselves(forks, checkpoint, tmp_path):
+    """What a checkpoint says of its own training is not carried over; nor are names told of files that are refused. The
+    name of a good one is that of the model."""
+    import torch
+
+    out = tmp_path / "out"
+    out.mkdir()
+    good = forks.command(
+        "convert", checkpoint, out / "m.safetensors", "--json", out / "r.json", "--log-json", "--debug"
+    )
+    assert good.code in (0, 4), good  # 4: torch is too old to read checkpoints safely
+    check_silent(good, out)
+    bad = {"empty": b"", "text": MARKER.encode() * 50, "cut": checkpoint.read_bytes()[:5000]}
+    for name, content in bad.items():
+        (tmp_path / f"{MARKER}_{name}.pth").write_bytes(content)
+    torch.save({MARKER: torch.zeros(3), "note": MARKER}, tmp_path / f"{MARKER}_other.pth")
+    names = [*(f"{MARKER}_{name}.pth" for name in (*bad, "other")), f"{MARKER}_missing.pth"]
+    for name in names:
+        result = forks.command("convert", tmp_path / name, out / "x.safetensors", "--log-json", "--debug")
+        assert result.code in (2, 3, 4, 5), result
+        check_silent(result, out)
+    assert not (out / "x.safetensors").exists()
+
+
+def test_failing_evaluations_and_exports_keep_the_marker_to_themselves(forks, checkpoint, inputs, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    name = tmp_path / f"{MARKER}.parquet"
+    name.write_bytes(b"PAR1" + MARKER.encode() * 20)
+    broken = next((inputs / "in").rglob("*_broken.png"))
+    for arguments in (
+        ["evaluate", inputs / "in", "--perceptual", "none", "--size", 32],
+        ["evaluate", broken, "--perceptual", "none", "--size", 32],
+        ["evaluate", broken, "--model", checkpoint],
+        ["evaluate", tmp_path / MARKER],
+        ["export", name, "-o", out / "t.npz"],
+        ["export", tmp_path / MARKER, "-o", out / "t.npz"],
+        ["detokenize", name, "-o", out / "pictures"],
+        ["reconstruct", broken, "-o", out / "pictures", "--size", 32],
+        ["tokenize", broken, "-o", out / "t.parquet", "--model", checkpoint],
+        ["inspect", tmp_path / MARKER],
+    ):
+        report = [] if arguments[0] == "export" else ["--json", out / "r.json"]
+        result = forks.command(*arguments, *report, "--log-json", "--debug")
+        assert result.code in (2, 3, 4, 5), (arguments, result)
+        check_silent(result, out)
 
 
 @pytest.mark.parametrize(("name", "make", "error", "code", "options"), BAD_INPUTS, ids=[e[0] for e in BAD_INPUTS])
