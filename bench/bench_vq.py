@@ -51,6 +51,7 @@ class Bench:
         self.peak = measured_cuda_peak() if cuda else measured_peak(native.isa or "scalar") * options.threads
         self.main = MAIN[self.device]
         self.rows: list[dict] = []
+        self.curves: dict = {}
 
     def inputs(self, shape, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """x (N, G, C) and codebook (G, K, C), normally distributed."""
@@ -158,10 +159,17 @@ class Bench:
             "pack_codebook", "cosine", self.main, factor=0,
             runs={"meditok": lambda: ops.pack_codebook(codebook, metric="cosine")},
         )  # fmt: skip
+        grad = torch.ones_like(x), torch.ones((), device=self.device)
+        settings = dict(metric="cosine", commitment_weight=0.25, codebook_weight=1.0, rotation=False)
+        backward = torch.ops.meditok.vq_quantize_backward
         self.compare(
-            "vq_quantize", "cosine", self.main, runs={
+            "vq_quantize", "cosine", self.main, factor=0, runs={
                 "meditok assign": lambda: ops.vq_assign(x, packed),
                 "meditok quantize": lambda: ops.vq_quantize(x, packed),
+                "meditok backward": lambda: backward(*grad, x, codebook, ids, None, **settings),
+                "meditok backward to x": lambda: backward(
+                    *grad, x, codebook, ids, None, codebook_needed=False, **settings
+                ),
             },
         )  # fmt: skip
 
@@ -218,8 +226,7 @@ class Bench:
                 x, codebook = self.inputs(shape)
                 times = self._assign(x, codebook, "cosine", shape, every=False, compiled=False, note=f"growth {axis}")
                 curves.setdefault(axis, []).append((shape, times))
-        if self.options.save:
-            draw(curves, f"vq_growth_{self.device}.png")
+        self.curves = curves
 
 
 def worst_codebooks(codebook: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -282,6 +289,8 @@ def main() -> None:
             print(f"rows in {append_rows('vq', bench.rows[before:]).name}", flush=True)
         if options.json:  # so do these
             write_json(options.json, bench.rows)
+    if options.save and bench.curves:  # last: it needs matplotlib
+        draw(bench.curves, f"vq_growth_{options.device}.png")
 
 
 if __name__ == "__main__":
