@@ -4,7 +4,8 @@ Times tokenize, detokenize, reconstruct and a training step (forward, squared er
 each batch size, against baseline_model.py on the same weights: eager fp32 on a CPU; on CUDA fp32 without TF32, torch's
 default flags, bf16 autocast, and torch.compile(max-autotune) in bf16. Everything runs in turn, round by round. Printed
 and appended to results/model.csv: p20/p50/p80, images/s, multiplications an image, share of the measured rate of
-torch's own matrix product, memory peak, and how many times faster ours is. --parts times the stages one by one instead.
+torch's own matrix product, memory peak, and how many times faster ours is; with --precision also how many tokens that
+changes, and what it does to the picture of the same tokens. --parts times the stages one by one instead.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def calls(model, batch: int, options) -> list[dict]:
     x = torch.rand(batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x = x.to(options.device)
     tokens = model.tokenize(x)
+    for precision in options.precision or ():
+        print(f"{precision:<6}{agreement(model, precision, x, tokens)}")
     rows = []
     for call in options.calls:
         candidates = {}
@@ -96,6 +99,18 @@ def calls(model, batch: int, options) -> list[dict]:
                 row["faster"] = " ".join(f"{way}:{ratio:.2f}" for way, ratio in others.items())
             rows.append(row)
     return rows
+
+
+def agreement(model, precision: str, x: torch.Tensor, tokens: torch.Tensor) -> str:
+    """What a precision changes: tokens, and the picture made of the same tokens, against float32."""
+    model.precision = "fp32"
+    full = model.detokenize(tokens)
+    model.precision = precision
+    same = (model.tokenize(x) == tokens).double().mean()
+    error = (model.detokenize(tokens) - full).square().mean()
+    model.precision = "fp32"
+    psnr = 10 * math.log10(4 / max(error, 1e-15))
+    return f"{same:.1%} of the tokens are those of float32; {psnr:.1f} dB PSNR to its picture"
 
 
 def at(model, precision: str, run: Callable[[], object]) -> Callable[[], object]:

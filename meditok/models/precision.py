@@ -7,9 +7,11 @@ import contextlib
 import torch
 
 from ..errors import MissingPartError
+from ..nn.int8 import int8_layers
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-LATER = ("int8", "fp8")  # names that are taken, and not computed in yet
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8")
+LATER = ("fp8",)  # a name that is taken, and not computed in yet
+INT8_ENGINES = ("x86", "onednn", "fbgemm")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,6 +26,8 @@ def check_precision(precision: str, device: torch.device) -> str:
         reason = f"not available on {device.type}; it needs an NVIDIA GPU of compute capability 8.0"
     elif precision == "fp16" and device.type == "cpu":
         reason = "not available on cpu; use fp32 or bf16"
+    elif precision == "int8" and (device.type != "cpu" or torch.backends.quantized.engine not in INT8_ENGINES):
+        reason = "not available here; it needs an x86 CPU"
     if reason:
         raise MissingPartError(f"precision {precision!r}: {reason}; choose one of {', '.join(PRECISIONS)}")
     return precision
@@ -41,9 +45,11 @@ def _tf32(allowed: bool):
 
 
 def precision_scope(device: torch.device, precision: str):
-    """Context in which fp32 means float32 without TF32, and half precisions autocast."""
+    """Context in which fp32 means float32 without TF32, half precisions autocast, and int8 is that of linear layers."""
     if precision in _AUTOCAST:
         return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+    if precision == "int8":
+        return int8_layers()
     if device.type == "cuda" and not torch.compiler.is_compiling():
         stack = contextlib.ExitStack()
         stack.enter_context(torch.autocast("cuda", enabled=False))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..ops.linear import linear
+from . import int8
 
 
 def norm_linear(
@@ -21,6 +22,8 @@ def norm_linear(
 
     layer: a linear or a 1x1 convolution; `bias` stands for the layer's own; a norm of None is left out.
     """
+    if int8.active() and isinstance(layer, nn.Linear):
+        return int8.norm_linear(x, layer, [norm for norm in norms if norm is not None], gate, residual)
     return linear(
         x,
         layer.weight.flatten(1),

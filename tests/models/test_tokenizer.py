@@ -22,6 +22,7 @@ from meditok.errors import (
     TokenShapeError,
     UsageError,
 )
+from meditok.models.precision import check_precision
 
 # The published family's shape, small: convolution stages at both ends.
 SMALL = {
@@ -158,8 +159,8 @@ def test_parts_that_are_not_there_are_named():
         with pytest.raises(MissingPartError) as caught:
             call()
         assert caught.value.exit_code == 4
-    with pytest.raises(MissingPartError, match="int8"):
-        meditok.load("tiny", precision="int8")
+    with pytest.raises(MissingPartError, match="fp8"):
+        meditok.load("tiny", precision="fp8")
     with pytest.raises(UsageError, match="vitamin-large"):
         meditok.build("vitamin-huge")
     with pytest.raises(BadInputError, match="image_size 250"):
@@ -315,6 +316,32 @@ def test_bf16_runs_the_transformers_in_half_precision_and_the_quantiser_in_full(
     half = model.tokenize(x)
     assert seen == {"encoder": torch.bfloat16, "bottleneck": torch.float32}
     assert (half == full).float().mean() > 0.2  # random weights: many near ties
+
+
+def test_int8_rounds_the_linear_layers_of_the_blocks_and_nothing_else():
+    """Most tokens and the picture stay; stable results depend on no batch; new weights are rounded anew."""
+    model, x = meditok.build("vitamin-small", seed=1, **SMALL), pictures(3)
+    full, image = model.tokenize(x), model.detokenize(model.tokenize(x))
+    model.precision = check_precision("int8", torch.device("cpu"))
+    found = model.tokenize(x, stable=True)
+    assert 0.5 < (found == full).double().mean() < 1
+    error = (model.detokenize(full) - image).square().mean() / image.square().mean()
+    assert 0 < error < 1e-2, error
+    assert torch.equal(model.tokenize(x[1:2], stable=True), found[1:2])
+    with torch.enable_grad():
+        assert torch.equal(model._encode(x), _in("fp32", model)._encode(x))
+    model.precision = "int8"
+    with torch.no_grad():
+        hidden = model._encode(x)
+        model.encoder.blocks[0].mlp.w2.weight.mul_(-1)
+        assert not torch.equal(model._encode(x), hidden)
+    with pytest.raises(MissingPartError, match="x86"):
+        check_precision("int8", torch.device("cuda"))
+
+
+def _in(precision, model):
+    model.precision = precision
+    return model
 
 
 @pytest.mark.skipif(native.backend != "native", reason="the compiled core is not what runs here")
