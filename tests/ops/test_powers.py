@@ -23,7 +23,7 @@ def powers(request, tmp_path_factory):
     """2^t of a float32 array by one instruction-set file, and the file's op."""
     level, op = request.param
     if level not in levels_here():
-        pytest.skip(f"{level} is not here")
+        pytest.skip(f"this machine lacks {level}")
     if shutil.which("g++") is None or os.uname().machine != "x86_64" or not (ROOT / "csrc").is_dir():
         pytest.skip("g++ on x86_64 and the C++ sources are needed")
     library = tmp_path_factory.mktemp("powers") / "powers.so"
