@@ -103,7 +103,7 @@ def _train(run: Run, batches, report, sheet, stop: Stop) -> Path:
     log = Log(out / LOG, run.step, write=world.first)
     call = run.wrapped()
     source = iter(batches(run.step))
-    speed = Speed(world.device, config.precision, config.batch)
+    speed = Speed(world.device, config.precision, config.batch, counted=not config.heads_only)
     while run.step < config.steps:
         torch.manual_seed(_mixed(config.seed, run.step, world.rank))
         with speed.step():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import tarfile
@@ -30,7 +31,7 @@ def tiny():
 def test_every_bundled_model_has_a_card_a_licence_and_its_training_list():
     assert bundled()
     for weights in bundled().values():
-        for name in ("README.md", "LICENSE.md", "data.json", "log.csv"):
+        for name in ("README.md", "LICENSE.md", "data.json", "log.csv", "metrics.json"):
             assert (weights.parent / name).stat().st_size > 0, f"{weights.parent.name}: no {name}"
 
 
@@ -58,7 +59,9 @@ def test_every_source_of_the_training_images_is_attributed():
 def test_the_training_list_is_what_the_manifest_allows():
     if not DATA.is_dir():
         pytest.skip("manifest.csv of the training images is not here; set MEDITOK_SHARED")
-    config = load_config("tiny-stage2", [f"data={DATA}", "include=train/*", "weights_ok=true"])  # as the card has it
+    config = load_config(
+        "tiny-stage2", [f"data={DATA}", "include=train/*", "weights_ok=true"]
+    )  # as the card's command has it
     recorded = json.loads((bundled()["tiny"].parent / "data.json").read_text())
     assert data_record(find_items(config)) == recorded  # its `files` are what `meditok evaluate` refuses
 
@@ -72,19 +75,31 @@ def test_an_image_it_never_saw_comes_back_recognisably(tiny):
 
 
 @pytest.fixture(scope="module")
-def recorded():
-    """What `meditok evaluate` wrote of the bundled model."""
-    report = json.loads((bundled()["tiny"].parent / "metrics.json").read_text())
+def report():
+    """What `meditok evaluate` wrote of the bundled model and the baselines."""
+    return json.loads((bundled()["tiny"].parent / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def recorded(report):
     return report["models"][0]
 
 
-def test_the_card_and_the_readme_show_the_recorded_measurements(tiny, recorded):
+def test_the_tables_of_card_and_readme_are_the_recorded_measurements(tiny, recorded, report):
     assert recorded["model_hash"] == tiny.hash
-    card = (bundled()["tiny"].parent / "README.md").read_text()
-    readme = Path(__file__).parents[2] / "README.md"
-    for text in [card, readme.read_text()]:
-        for scores in [recorded["overall"], *(m for m in recorded["modalities"].values() if m["n"] >= 10)]:
-            assert f"{scores['psnr']:.2f}" in text and f"{scores['ssim']:.3f}" in text
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("tiny_card", root / "bench" / "tiny_card.py")
+    spec.loader.exec_module(tables := importlib.util.module_from_spec(spec))
+    card, readme = (bundled()["tiny"].parent / "README.md").read_text(), (root / "README.md").read_text()
+    for lines, text in ((tables.for_card(report), card), (tables.for_readme(report), readme)):
+        assert f"{tables.MARKS[0]}\n" + "\n".join(lines) + f"\n{tables.MARKS[1]}" in text
+
+
+def test_it_embeds_pictures_and_texts_in_one_space(tiny):
+    vectors = tiny.embed(torch.zeros(2, 3, 64, 64)), tiny.embed_text(["a chest X-ray", "an axial MRI of the head"])
+    for found in vectors:
+        assert found.shape == (2, tiny.config.embed_dim)
+        assert found.norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-5)
 
 
 def test_the_recorded_measurements_come_out_again_on_one_modality(recorded, tmp_path, monkeypatch):
