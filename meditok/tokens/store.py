@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._lazy import require
 from ..atomic import write_text
 from ..errors import BadInputError, UsageError
 from .format import TokenReader, TokenWriter
@@ -173,6 +174,21 @@ def read_index(folder: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return index if isinstance(index, dict) and "parts" in index else None
+
+
+def is_token_file(path: str | os.PathLike) -> bool:
+    """Whether `path` is a store, finished or not, or a Parquet file whose header says that it holds tokens."""
+    path = Path(path)
+    if path.is_dir():
+        return read_index(path) is not None
+    if not (is_single_file(path) and path.is_file()):
+        return False
+    arrow = require("pyarrow", purpose="reading Parquet files")
+    parquet = require("pyarrow.parquet", purpose="reading Parquet files")
+    try:
+        return b"meditok.format" in (parquet.read_metadata(path).metadata or {})
+    except (arrow.ArrowException, OSError):
+        return False  # whoever reads it says what is wrong with it
 
 
 def open_tokens(path: str | os.PathLike) -> TokenReader:

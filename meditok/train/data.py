@@ -1,4 +1,7 @@
-"""Training images: found as every command finds them, checked before the first step, read by position.
+"""Training data: found as every command finds it, checked before the first step, read by position.
+
+Images, or rows of a token file: these hold no pixels, but the features that heads_only aligns with texts are a
+function of the ids, so alignment heads can be trained on ids and captions alone.
 
 Sample i of a run is a function of (seed, i) alone: which image, which window, which view. So neither the number of
 processes nor of workers nor an interruption changes what is seen, and a resumed run needs no state of the data.
@@ -8,10 +11,9 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import math
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,51 +25,69 @@ from ..data.options import ReadOptions
 from ..data.sources import Source
 from ..data.windows import random_ct_window
 from ..errors import BadInputError, MeditokError, UsageError
+from ..evaluate.held_out import fingerprints
+from ..models import files as models
+from ..tokens.datasets import TokenDataset
+from ..tokens.store import is_token_file, open_tokens
 from .config import TrainConfig
 from .distributed import World
 from .signals import leave_to_parent
 
 _SHOWN = 20
+STATED = ("source", "licence", "licence_stated")  # columns of a manifest that data.json repeats
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture that may be drawn: a frame of a source, and what is known of it."""
+    """One picture that may be drawn: a frame of a source or a row of a token file, and what is known of it."""
 
-    source: Source
-    frame: int
+    source: Source | None  # None of a token file
+    frame: int  # or row
     caption: str
     modality: str
+    name: str  # relative to its input, "#" and the frame; the row's id of a token file
+
+
+class TokenRows(list[Item]):
+    """Items of a token file: `ids[item.frame]` are an item's ids (G, N), `info` is the file's header."""
+
+    def __init__(self, items: Iterable[Item], ids: TokenDataset):
+        super().__init__(items)
+        self.ids, self.info = ids, ids.info
 
 
 @dataclass
 class Batch:
-    """What a step sees: images (B, 3, S, S) float32 in [-1, 1], texts, and where they come from."""
+    """What a step sees: images (B, 3, S, S) float32 in [-1, 1] or else tokens (B, G, N) int64, with texts, and where they
+    come from."""
 
-    images: torch.Tensor
+    images: torch.Tensor | None
     captions: list[str]
     modalities: list[str]
     samples: list[int]
     pictures: list[int]  # places of what they show in the list of items
+    tokens: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, images=self.images.to(device, non_blocking=True))
-
-    def describe(self) -> str:
-        """Names the batch in an error without naming a file."""
-        return f"samples {self.samples[0]}..{self.samples[-1]}"
+        images, tokens = (x if x is None else x.to(device, non_blocking=True) for x in (self.images, self.tokens))
+        return replace(self, images=images, tokens=tokens)
 
 
 def find_items(config: TrainConfig) -> list[Item]:
     """Every usable picture, in a fixed order. BadInputError lists up to 20 that cannot be used; UsageError: none."""
     if not config.data:
-        raise UsageError("train: no data; pass --data=PATH (a folder, manifest or tar, several joined by commas)")
-    found = discover(config.data.split(","), ReadOptions())
+        raise UsageError(
+            "train: no data; pass --data=PATH (a folder, manifest or tar, several joined by commas, or a token file)"
+        )
+    inputs = config.data.split(",")
+    if any(is_token_file(path) for path in inputs):
+        return _token_rows(inputs, config)
+    found = discover(inputs, ReadOptions())
     failed = [(path, error) for path, error in found.failed if fnmatch.fnmatch(str(path), f"*{config.include}")]
     items: list[Item] = []
     left_out: Counter = Counter()
     for source in found.sources:
-        reason = _unwanted(source, config)
+        reason = _unwanted(source.name, source.columns, config)
         if reason:
             left_out[reason] += 1
             continue
@@ -78,9 +98,43 @@ def find_items(config: TrainConfig) -> list[Item]:
     if failed:
         raise _unusable(config, [str(error) for _, error in failed])
     if not items:
-        why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no image in it"
-        raise BadInputError(f"{config.data}: nothing to train on ({why}); check --split and --weights_ok")
+        raise _nothing(config, left_out)
     return items
+
+
+def _token_rows(inputs: list[str], config: TrainConfig) -> TokenRows:
+    """Rows of one token file or store, with the columns that were copied into it."""
+    if len(inputs) > 1:
+        raise UsageError(f"--data={config.data}: a token file is trained on alone; give one file or store")
+    if not (config.heads_only and config.target == "text"):
+        raise UsageError(
+            f"{config.data}: tokens hold no pixels to reconstruct, and train alignment heads on captions alone; use "
+            "tiny-stage2, or pass --heads_only=true --target=text"
+        )
+    rows: list[Item] = []
+    failed: list[str] = []
+    left_out: Counter = Counter()
+    with open_tokens(config.data) as reader:
+        for number, row in enumerate(reader.descriptions()):
+            if reason := _unwanted(row.id, row.extra, config):
+                left_out[reason] += 1
+                continue
+            modality = row.modality or "other"
+            try:
+                where = f"{config.data}, row {number}"
+                rows.append(Item(None, number, _caption(row.extra, modality, where, config), modality, row.id))
+            except BadInputError as error:
+                failed.append(str(error))
+    if failed:
+        raise _unusable(config, failed)
+    if not rows:
+        raise _nothing(config, left_out)
+    return TokenRows(rows, TokenDataset(config.data))
+
+
+def _nothing(config: TrainConfig, left_out: Counter) -> BadInputError:
+    why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no image in it"
+    return BadInputError(f"{config.data}: nothing to train on ({why}); check --split and --weights_ok")
 
 
 def _unusable(config: TrainConfig, reasons: list[str]) -> BadInputError:
@@ -90,37 +144,70 @@ def _unusable(config: TrainConfig, reasons: list[str]) -> BadInputError:
 
 
 def check_items(items: Sequence[Item], config: TrainConfig, world: World) -> None:
-    """Read every picture once, each process a part. BadInputError, on every process, lists up to 20 that fail."""
-    mine = _Readable(items[world.rank :: world.size])
-    loader = torch.utils.data.DataLoader(mine, 16, collate_fn=list, **_reading(config))
-    reasons = [reason for reasons in loader for reason in reasons if reason]
-    count = world.sum(len(reasons))
-    if reasons:
+    """Read every picture once, each process a part. BadInputError, on every process, lists up to 20 that fail.
+
+    Rows of a token file were checked when it was opened.
+    """
+    if isinstance(items, TokenRows):
+        return
+    if reasons := [reason for reason in each(_problem, items, config, world) if reason]:
         raise _unusable(config, reasons)
-    if count:
-        raise BadInputError(f"{config.data}: {count} inputs cannot be trained on; the other processes name them")
 
 
-class _Readable(torch.utils.data.Dataset):
-    """Why picture i cannot be read, or ""."""
+def _problem(item: Item) -> str:
+    """Why it cannot be read, or ""."""
+    try:
+        read(item, drawn_window(item, np.random.default_rng(0)))
+    except MeditokError as error:
+        return str(error)
+    return ""
 
-    def __init__(self, items: Sequence[Item]):
-        self.items = items
+
+def data_record(items: Sequence[Item], config: TrainConfig, world: World) -> dict:
+    """What data.json beside the weights says: how many images, the hash of their list, how many of each source with its
+    licence where a manifest states it, and the fingerprint of every file, by which `meditok evaluate` refuses them;
+    those of the weights that training starts from among them. Token files do not tell what files they were made of:
+    their rows are counted as "unlisted".
+
+    Reads every file once, each process a part.
+    """
+    before = models.data_record(config.init) if config.init else {}
+    sources = list({id(item.source): item.source for item in items if item.source}.values())
+    files = {print for prints in each(fingerprints, sources, config, world) for print in prints}
+    counts = Counter(
+        (item.modality, *(item.source.columns.get(key, "") for key in STATED)) for item in items if item.source
+    )
+    keys = ("modality", *STATED, "images")
+    unlisted = sum(item.source is None for item in items) + before.get("unlisted", 0)
+    return {
+        "images": len(items),
+        "list_sha256": list_hash(items),
+        "sources": [dict(zip(keys, (*key, n), strict=True)) for key, n in sorted(counts.items()) if any(key[1:])],
+        "files": sorted(files.union(before.get("files", ()))),
+    } | ({"unlisted": unlisted} if unlisted else {})
+
+
+def each(ask: Callable, things: Sequence, config: TrainConfig, world: World) -> list:
+    """What `ask` says of every thing, on every process: each asks about a part of them, in its processes that read."""
+    mine = _Asked(ask, things[world.rank :: world.size])
+    loader = torch.utils.data.DataLoader(mine, 16, collate_fn=list, **_reading(config))
+    return world.gather([answer for answers in loader for answer in answers])
+
+
+class _Asked(torch.utils.data.Dataset):
+    def __init__(self, ask: Callable, things: Sequence):
+        self.ask, self.things = ask, things
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.things)
 
-    def __getitem__(self, index: int) -> str:
-        try:
-            read(self.items[index], drawn_window(self.items[index], np.random.default_rng(0)))
-        except MeditokError as error:
-            return str(error)
-        return ""
+    def __getitem__(self, index: int):
+        return self.ask(self.things[index])
 
 
-def _unwanted(source: Source, config: TrainConfig) -> str:
-    columns = source.columns
-    if config.include and not fnmatch.fnmatch(source.name, config.include):
+def _unwanted(name: str, columns: dict, config: TrainConfig) -> str:
+    """Why an input is left out, or ""."""
+    if config.include and not fnmatch.fnmatch(name, config.include):
         return f"not named {config.include}"
     if config.split and str(columns.get("split") or config.split) != config.split:
         return f"not of split {config.split}"
@@ -130,25 +217,26 @@ def _unwanted(source: Source, config: TrainConfig) -> str:
 
 
 def _items(source: Source, config: TrainConfig) -> list[Item]:
-    reader = source.open()
-    columns = source.columns
-    modality = str(columns.get("modality") or source.modality or "other")
-    text = columns.get(config.caption)
-    if config.caption == "modality":
-        text = f"A {modality} image"
+    modality = str(source.columns.get("modality") or source.modality or "other")
+    text = _caption(source.columns, modality, source.path, config)
+    return [Item(source, frame, text, modality, f"{source.name}#{frame}") for frame in range(source.open().frames)]
+
+
+def _caption(columns: dict, modality: str, where: str, config: TrainConfig) -> str:
+    text = f"A {modality} image" if config.caption == "modality" else columns.get(config.caption)
     if config.target == "text" and not text:
-        raise BadInputError(f"{source.path}: no {config.caption} for it; add the column, or --caption=modality")
-    return [Item(source, frame, str(text or ""), modality) for frame in range(reader.frames)]
+        raise BadInputError(f"{where}: no {config.caption} for it; add the column, or --caption=modality")
+    return str(text or "")
 
 
 def list_hash(items: Sequence[Item]) -> str:
     """SHA-256 over the sorted names of what is trained on."""
-    names = sorted(f"{item.source.name}#{item.frame}" for item in items)
+    names = sorted(item.name for item in items)
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 class Samples(torch.utils.data.Dataset):
-    """Sample i of a run: (image (3, S, S), caption, modality, i, place of the picture in `items`)."""
+    """Sample i of a run: (image (3, S, S), or ids (G, N) of a token file; caption, modality, i, place in `items`)."""
 
     def __init__(self, items: Sequence[Item], config: TrainConfig):
         self.items, self.config = items, config
@@ -162,10 +250,14 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, sample: int):
         index = self.pick(sample)
         item = self.items[index]
+        return self._shown(index, item, sample), item.caption, item.modality, sample, index
+
+    def _shown(self, index: int, item: Item, sample: int) -> torch.Tensor:
+        if isinstance(self.items, TokenRows):
+            return self.items.ids[item.frame]
         random = np.random.default_rng((self.config.seed, 1, sample))
         generator = torch.Generator().manual_seed(int(random.integers(2**63)))
-        image = self._read(index, drawn_window(item, random))
-        return self.view(image, generator), item.caption, item.modality, sample, index
+        return self.view(self._read(index, drawn_window(item, random)), generator)
 
     def _read(self, index: int, window: str | None) -> torch.Tensor:
         """Pixels (3, H, W); with `cache` kept, a grey image as one channel."""
@@ -225,8 +317,15 @@ def read(item: Item, window: str | None) -> torch.Tensor:
 
 
 def collate(samples: list) -> Batch:
-    images, *others = zip(*samples, strict=True)
-    return Batch(torch.stack(images), *map(list, others))
+    shown, *others = zip(*samples, strict=True)
+    return _batch(shown, *map(list, others))
+
+
+def _batch(shown: Sequence[torch.Tensor], *others: list) -> Batch:
+    """Of images (3, S, S), or of ids (G, N)."""
+    stacked = torch.stack(list(shown))
+    images, tokens = (stacked, None) if stacked.is_floating_point() else (None, stacked)
+    return Batch(images, *others, tokens)
 
 
 def batches(items: Sequence[Item], config: TrainConfig, *, start: int, rank: int, world: int) -> Iterator[Batch]:
@@ -274,15 +373,9 @@ class _Parts:
 def held_out(items: Sequence[Item], config: TrainConfig, count: int) -> Batch:
     """The first `count` images spread evenly over the list, unaugmented: what reconstruction sheets show."""
     chosen = [items[index] for index in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
-    images = torch.stack([resize(read(item, None), config.size) for item in chosen])
+    if isinstance(items, TokenRows):
+        shown = [items.ids[item.frame] for item in chosen]
+    else:
+        shown = [resize(read(item, None), config.size) for item in chosen]
     nowhere = [0] * len(chosen)
-    return Batch(images, [i.caption for i in chosen], [i.modality for i in chosen], nowhere, nowhere)
-
-
-def passes(items: Sequence[Item], config: TrainConfig) -> float:
-    """How often the run shows every image, on average."""
-    return config.steps * config.batch / max(1, len(items))
-
-
-def steps_a_pass(items: Sequence[Item], config: TrainConfig) -> int:
-    return max(1, math.ceil(len(items) / config.batch))
+    return _batch(shown, [i.caption for i in chosen], [i.modality for i in chosen], nowhere, nowhere)

@@ -1,7 +1,8 @@
 """The processes of a run: one alone, or many under torchrun, with the few agreements they need.
 
-Every collective is made by every rank in the same order, whatever its batch; the timeout bounds how long a rank waits
-for one that died.
+Every collective is made by every rank in the same order, whatever its batch. Inside a step TIMEOUT bounds how long a
+rank waits for another; where one works at its own pace while the others wait (reading data before the first step,
+writing a checkpoint) PATIENCE does, on a group of its own: a process that dies is noticed at once all the same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=float(os.environ.get("MEDITOK_DIST_TIMEOUT", "600")))
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None  # of all ranks, over gloo, with PATIENCE; None for a process alone
 
     @property
     def first(self) -> bool:
@@ -53,9 +56,18 @@ class World:
         dist.all_reduce(tensor)
         return int(tensor)
 
+    def gather(self, values: list) -> list:
+        """The lists of all ranks, picklable, one after the other; however long another rank takes to make its own."""
+        if self.size == 1:
+            return values
+        lists: list[list] = [[] for _ in range(self.size)]
+        dist.all_gather_object(lists, values, group=self.patient)
+        return [value for each in lists for value in each]
+
     def wait(self) -> None:
+        """Until every rank is here, however long its work takes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
 
 @contextmanager
@@ -72,6 +84,6 @@ def world(device: str = "auto") -> Iterator[World]:
         return
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, place, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         dist.destroy_process_group()

@@ -114,7 +114,8 @@ def _train(run: Run, batches, report, sheet, stop: Stop) -> Path:
             row = {"step": run.step} | _averaged(row | speed.rates(), world) | task.health()
             log.write(row)
             report(row)
-        if world.first and (run.step % config.sheet_every == 0 or run.step == config.steps):
+        # Every process computes a sheet where the weights are spread over them.
+        if (world.first or run.sharded) and (run.step % config.sheet_every == 0 or run.step == config.steps):
             sheet(run.step)
         stopping = run.step < config.steps and bool(world.largest(int(stop.asked)))
         if run.step < config.steps and (stopping or run.step % config.save_every == 0):

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from ..atomic import atomic_path, write_text
-from ..evaluate.held_out import fingerprints
 from ..models.config import PATCH
 from ..models.files import DATA_FILE
 from . import checkpoint, distributed, loop
 from .config import TrainConfig
-from .data import Batch, Item, Samples, batches, check_items, find_items, held_out, list_hash, read
+from .data import Batch, Item, Samples, TokenRows, batches, check_items, data_record, find_items, held_out
+from .data import list_hash, read
 from .report import write_report
 from .start import principal_components
 from .state import setting
@@ -25,7 +25,6 @@ from .tasks.alignment import Alignment
 from .trackers import trackers
 
 SHEET_IMAGES = 8
-STATED = ("source", "licence", "licence_stated")  # columns of a manifest that data.json repeats
 CONFIG_FILE = "config.json"
 
 
@@ -41,18 +40,24 @@ def start(
         task = Alignment(config, world)  # first, since a teacher that is not here need not wait for the data
         items = find_items(config)
         task.whole = lambda place: read(items[place], None)
+        stored = items.info if isinstance(items, TokenRows) else None
+        if stored:
+            stored.check_model(task.modules["generator"].core, config.data)
         if fresh and world.first:
             loop.start_over(out)
         world.wait()
-        if config.check == "read" and not checkpoint.existing(out):
+        begun = bool(world.largest(int(bool(checkpoint.existing(out)))))
+        known = bool(world.largest(int((out / DATA_FILE).exists())))
+        if config.check == "read" and not begun:
             check_items(items, config, world)
-        if config.start and not checkpoint.existing(out):
+        record = None if begun and known else data_record(items, config, world)
+        if config.start and not begun:
             fit_start(task, items, config)
         if world.first:
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / CONFIG_FILE, _as_json(config, items))
-            if not ((out / DATA_FILE).exists() and checkpoint.existing(out)):  # it reads every file once
-                write_text(out / DATA_FILE, json.dumps(data_record(items), indent=1) + "\n")
+            if record:
+                write_text(out / DATA_FILE, json.dumps(record, indent=1) + "\n")
         told = trackers(out, config) if world.first else []
         shown = held_out(items, config, SHEET_IMAGES)
 
@@ -61,10 +66,12 @@ def start(
                 each(row)
 
         def sheet(step: int) -> None:
-            path = out / f"sheet-{step:08d}.png"
-            draw_sheet(task, shown, path)
-            for tracker in told:
-                tracker.sheet(path, step)
+            pictures = pictures_of(task, shown, stored and stored.grid)
+            if world.first:
+                path = out / f"sheet-{step:08d}.png"
+                write_sheet(pictures, path)
+                for tracker in told:
+                    tracker.sheet(path, step)
 
         with contextlib.ExitStack() as closing:
             for tracker in told:
@@ -98,30 +105,26 @@ def _as_json(config: TrainConfig, items: list[Item]) -> str:
     return json.dumps(record, indent=1) + "\n"
 
 
-def data_record(items: list[Item]) -> dict:
-    """What data.json beside the weights says: how many images, the hash of their list, how many of each source with its
-    licence where a manifest states it, and the fingerprint of every file, by which `meditok evaluate` refuses them."""
-    sources = {id(item.source): item.source for item in items}
-    files = sorted({each for source in sources.values() for each in fingerprints(source)})
-    counts = Counter((item.modality, *(item.source.columns.get(key, "") for key in STATED)) for item in items)
-    keys = ("modality", *STATED, "images")
-    stated = [dict(zip(keys, (*key, count), strict=True)) for key, count in sorted(counts.items()) if any(key[1:])]
-    return {"images": len(items), "list_sha256": list_hash(items), "sources": stated, "files": files}
+def pictures_of(task: Alignment, batch: Batch, grid: tuple[int, int] | None) -> list[torch.Tensor]:
+    """Images (B, 3, S, S) and their reconstructions; of tokens, on `grid`, what they decode to alone."""
+    core = task.modules["generator"].core
+    training = core.training
+    core.eval()
+    if batch.tokens is None:
+        pictures = [batch.images, core.reconstruct(batch.images.to(core.device)).cpu()]
+    else:
+        pictures = [core.detokenize(batch.tokens, grid).cpu()]
+    core.train(training)
+    return pictures
 
 
-@torch.no_grad()
-def draw_sheet(task: Alignment, batch: Batch, path: Path) -> None:
-    """Originals above, reconstructions below, as one PNG."""
+def write_sheet(pictures: list[torch.Tensor], path: Path) -> None:
+    """Batches (B, 3, S, S), each a row, as one PNG."""
     from PIL import Image
 
     from ..data.windows import to_display8
 
-    core = task.modules["generator"].core
-    training = core.training
-    core.eval()
-    recon = core.reconstruct(batch.images.to(core.device)).cpu()
-    core.train(training)
-    rows = [torch.cat(list(to_display8(images)), dim=2) for images in (batch.images, recon)]
+    rows = [torch.cat(list(to_display8(images)), dim=2) for images in pictures]
     sheet = torch.cat(rows, dim=1).permute(1, 2, 0).contiguous().numpy().astype(np.uint8)
     with atomic_path(path) as temporary:
         Image.fromarray(sheet).save(temporary, format="PNG")

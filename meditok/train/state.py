@@ -84,6 +84,9 @@ class Run:
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one. Errors and warnings as `checkpoint.newest`."""
         found = checkpoint.newest(self.out, self.config, self.data)
+        self.step = found[1]["step"] if found else 0
+        if self.world.largest(self.step) != -self.world.largest(-self.step):
+            raise BadInputError(f"{self.out}: the processes read checkpoints of other steps; is the folder shared?")
         if found is None:
             return False
         tensors, values = found
@@ -96,9 +99,6 @@ class Run:
             self.scalers[phase].load_state_dict(values["scalers"][phase])
         average = _part(tensors, "average.")
         self.average = {name: like(average[name].to(self.world.device), was) for name, was in self.average.items()}
-        self.step = values["step"]
-        if self.world.largest(self.step) != -self.world.largest(-self.step):
-            raise BadInputError(f"{self.out}: the processes read checkpoints of other steps; is the folder shared?")
         return True
 
 

@@ -1,25 +1,27 @@
-"""One real stage on a few pictures, as small as it gets: python stages.py OUT '{"target": "text", ...}'"""
+"""One real stage on a few pictures, as small as it gets."""
 
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from meditok.train import run
 from meditok.train.config import TrainConfig
+from meditok.train.run import start
 
 MODEL = dict(
     ends="stages", stem_width=8, stage_widths=(8, 16), stage_depths=(1, 1), width=64, encoder_depth=1,
     expansion=2, decoder_depth=1, decoder_widths=(16, 8), decoder_depths=(1, 1), num_codebooks=2, codebook_size=32,
     embed_dim=16,
 )  # fmt: skip
+
+# Rates at which rounding stays rounding for a dozen steps: kinks of the networks' activations that it crosses, and
+# codes that are nearly tied, move the next step's losses by what a gradient is wrong times the rate.
+GENTLE = {"lr": 2e-5, "disc_lr": 2e-5}
 
 
 def settings(**options) -> TrainConfig:
@@ -45,7 +47,7 @@ def pictures(folder: Path, count: int = 8) -> Path:
     return folder / "pairs.csv"
 
 
-def go(out: Path, **options) -> list[dict]:
+def run(out: Path, **options) -> list[dict]:
     """Runs; returns the rows of the log as it was told them."""
     kill = options.pop("kill", -1)
     rows: list[dict] = []
@@ -55,9 +57,5 @@ def go(out: Path, **options) -> list[dict]:
         if row.get("step") == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run.start(settings(**options), out, device="cpu", report=report)
+    start(settings(**options), out, device="cpu", report=report)
     return rows
-
-
-if __name__ == "__main__":
-    go(Path(sys.argv[1]), **json.loads(sys.argv[2]))

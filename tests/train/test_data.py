@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import tarfile
@@ -13,11 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+import meditok
 from meditok.data.augment import Augmentation
 from meditok.errors import BadInputError, UsageError
 from meditok.train import data
 from meditok.train.config import TrainConfig
 from meditok.train.distributed import World
+
+from . import stages
 
 
 def config(path, **changes) -> TrainConfig:
@@ -55,6 +59,17 @@ def test_every_row_that_cannot_be_read_is_listed_before_the_first_step(manifest)
         data.find_items(config(manifest))
     assert "2 inputs cannot be trained on" in str(failure.value)
     assert "3.png" in str(failure.value) and "5.png" in str(failure.value) or "row 7" in str(failure.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_trained_on_is_recorded_file_by_file_with_what_the_start_was_trained_on(manifest, tmp_path, workers):
+    meditok.build("tiny", seed=0, **stages.MODEL).save_pretrained(tmp_path / "start")
+    (tmp_path / "start" / "data.json").write_text(json.dumps({"files": ["0123456789abcdef"]}))
+    made = config(manifest, workers=workers, init=str(tmp_path / "start"))
+    record = data.data_record(data.find_items(made), made, World(0, 1, torch.device("cpu")))
+    files = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in tmp_path.glob("*.png")]
+    assert record["images"] == 11 and set(record["files"]) <= {"0123456789abcdef", *files}
+    assert len(record["files"]) == 5  # the start's, one of eight equal CT, three photographs
 
 
 @pytest.mark.parametrize("workers", [0, 2])

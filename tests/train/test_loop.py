@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import meditok
 from meditok.errors import BadInputError, UsageError
 from meditok.train import checkpoint, loop
 from meditok.train.config import TrainConfig
 
-from . import toy
+from . import launch, toy
 
-ROOT = str(Path(meditok.__file__).parents[1])
+TWO = {"steps": 6, "accumulate": 2, "clip": 0.5}
 
 
-def start(out: Path, processes: int, limit: float = 240, **options) -> subprocess.CompletedProcess:
-    """A run in processes of its own, under torchrun when there are several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
-    environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "MEDITOK_DIST_TIMEOUT": "30"}
-    command = [sys.executable, *launcher, toy.__file__, str(out), json.dumps(options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder of runs in processes of their own, by name; exit statuses by name; what they wrote to stderr)"""
+    folder = tmp_path_factory.mktemp("runs")
+    sigterm = {"signal": int(signal.SIGTERM), "signal_at": 3}
+    jobs = {
+        "two": ("two", {"steps": 6}, 2),
+        "four": ("four", {"steps": 6}, 4),
+        "killed": ("killed", {"steps": 10, "noise": 0.5, "kill": 7}, 1),
+        "sharded": ("sharded", TWO | sigterm | {"sharded": True}, 2),
+        "sharded again": ("sharded", TWO | {"sharded": True}, 2),
+        "interrupted": ("interrupted", {"steps": 10, "signal": int(signal.SIGINT), "signal_at": 4}, 1),
+        "terminated": ("terminated", {"steps": 10} | sigterm, 2),
+    }
+    started = [launch.Job(folder / name, options, processes) for name, options, processes in jobs.values()]
+    statuses, said = launch.start("toy", started)
+    return folder, dict(zip(jobs, statuses, strict=True)), said
 
 
 def log_of(out: Path) -> list[dict]:
@@ -44,50 +51,48 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_run_killed_between_checkpoints_ends_as_one_that_was_not(tmp_path):
+def test_a_run_killed_between_checkpoints_ends_as_one_that_was_not(runs, tmp_path):
+    folder, statuses, _ = runs
+    assert statuses["killed"] == [-signal.SIGKILL] and not (folder / "killed" / "model.safetensors").exists()
+    toy.run(folder / "killed", steps=10, noise=0.5)
     toy.run(tmp_path / "whole", steps=10, noise=0.5)
-    killed = start(tmp_path / "killed", 1, steps=10, noise=0.5, kill=7)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "model.safetensors").exists()
-    toy.run(tmp_path / "killed", steps=10, noise=0.5)
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed")
-    assert [row["step"] for row in log_of(tmp_path / "killed")] == [str(step) for step in range(1, 11)]
+    assert_same_weights(tmp_path / "whole", folder / "killed")
+    assert log_of(tmp_path / "whole") == log_of(folder / "killed")
+    assert [row["step"] for row in log_of(folder / "killed")] == [str(step) for step in range(1, 11)]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_agree_with_one_on_the_joined_batch(tmp_path, processes):
-    toy.run(tmp_path / "one", steps=6)
-    result = start(tmp_path / "many", processes, steps=6)
-    assert result.returncode == 0, result.stderr
-    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
+def assert_close_weights(a: Path, b: Path) -> None:
+    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     for name, value in one.items():
-        torch.testing.assert_close(many[name], value, rtol=1e-5, atol=1e-6)
-    for row, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "many"), strict=True):
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("many", ["two", "four"])
+def test_processes_agree_with_one_on_the_joined_batch(runs, tmp_path, many):
+    folder, statuses, said = runs
+    assert set(statuses[many]) == {0}, said
+    toy.run(tmp_path / "one", steps=6)
+    assert_close_weights(tmp_path / "one", folder / many)
+    for row, other in zip(log_of(tmp_path / "one"), log_of(folder / many), strict=True):
         assert {k: float(v) for k, v in row.items()} == pytest.approx({k: float(v) for k, v in other.items()}, rel=1e-4)
 
 
-def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(tmp_path):
-    options = {"steps": 6, "accumulate": 2, "clip": 0.5}
-    toy.run(tmp_path / "one", **options)
-    stopped = start(tmp_path / "many", 2, **options, sharded=True, signal=int(signal.SIGTERM), signal_at=3)
-    assert stopped.returncode != 0 and checkpoint.existing(tmp_path / "many")[-1].name == "step-00000004"
-    result = start(tmp_path / "many", 2, **options, sharded=True)
-    assert result.returncode == 0, result.stderr
-    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
-    for name, value in one.items():
-        torch.testing.assert_close(many[name], value, rtol=1e-5, atol=1e-6)
+def test_sharded_weights_train_as_whole_ones_and_go_on_from_their_checkpoint(runs, tmp_path):
+    folder, statuses, said = runs
+    assert (statuses["sharded"], statuses["sharded again"]) == ([1, 1], [0, 0]), said
+    assert checkpoint.existing(folder / "sharded")[-2].name == "step-00000004"  # of the signal
+    toy.run(tmp_path / "one", **TWO)
+    assert_close_weights(tmp_path / "one", folder / "sharded")
 
 
 def test_micro_batches_count_once(tmp_path):
     toy.run(tmp_path / "one", steps=6)
     toy.run(tmp_path / "parts", steps=6, accumulate=4)
-    one, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "parts"))
-    for name, value in one.items():
-        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-6)
+    assert_close_weights(tmp_path / "one", tmp_path / "parts")
 
 
 def test_every_rank_stops_on_a_loss_that_is_not_finite(tmp_path):
-    result = start(tmp_path / "out", 2, limit=60, steps=10, poison=5, poisoned_rank=1)
+    result = launch.under_torchrun("toy", 2, tmp_path / "out", limit=60, steps=10, poison=5, poisoned_rank=1)
     assert result.returncode != 0
     message = "step 6: loss fit is not finite on rank 1 (samples from 44)"
     assert result.stderr.count(f"NonFiniteLossError: {message}") >= 2  # both ranks, in their own words, at once
@@ -120,17 +125,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops(tmp_path):
         toy.run(tmp_path / "out", steps=10)
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_at_one_process_stops_all_after_the_step_with_a_checkpoint(tmp_path, number, processes):
-    result = start(tmp_path / "out", processes, steps=10, signal=int(number), signal_at=4)
-    assert result.returncode != 0
-    assert result.stderr.count("stopped after step 5, a checkpoint is kept") >= processes
-    assert checkpoint.existing(tmp_path / "out")[-1].name == "step-00000005"
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-    if processes == 1:
-        toy.run(tmp_path / "out", steps=10)
-        toy.run(tmp_path / "whole", steps=10)
-        assert_same_weights(tmp_path / "whole", tmp_path / "out")
+def test_a_signal_at_one_process_stops_all_after_the_step_with_a_checkpoint(runs, tmp_path):
+    folder, statuses, said = runs
+    assert (statuses["interrupted"], statuses["terminated"]) == ([1], [1, 1])
+    assert said.count("stopped after step 5, a checkpoint is kept") == 1
+    assert said.count("stopped after step 4, a checkpoint is kept") == 4  # two runs of two processes
+    for name, last in (("interrupted", "step-00000005"), ("terminated", "step-00000004")):
+        assert checkpoint.existing(folder / name)[-1].name == last
+        assert not (folder / name / "model.safetensors").exists()
+    toy.run(folder / "interrupted", steps=10)
+    toy.run(tmp_path / "whole", steps=10)
+    assert_same_weights(tmp_path / "whole", folder / "interrupted")
 
 
 def test_another_number_of_threads_is_said_to_change_the_last_bits(tmp_path):

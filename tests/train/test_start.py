@@ -57,7 +57,7 @@ def test_a_run_starts_there_and_resumes_bit_for_bit(tmp_path):
         data=data, model=SMALL, start="pca", start_patches=500, log_l2=0.1, perceptual=0.0, contrastive=0.0,
         adversarial=0.0, codebook_update="ema", cache=True,
     )  # fmt: skip
-    rows = stages.go(tmp_path / "a", **options)
+    rows = stages.run(tmp_path / "a", **options)
     assert all(row["log_l2"] < 0 for row in rows)
 
     def stop(row: dict) -> None:
@@ -66,6 +66,6 @@ def test_a_run_starts_there_and_resumes_bit_for_bit(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run.start(stages.settings(**options), tmp_path / "b", device="cpu", report=stop)
-    stages.go(tmp_path / "b", **options)
+    stages.run(tmp_path / "b", **options)
     a, b = (meditok.load(tmp_path / name / "model.safetensors", device="cpu") for name in "ab")
     assert a.hash == b.hash

@@ -1,4 +1,4 @@
-"""A task small enough to be checked by hand, run by the real loop: python toy.py OUT STEPS [key=value ...]
+"""A task small enough to be checked by hand, run by the real loop.
 
 Two phases on a line: the model fits y = 3 x with noise drawn from torch's global generator, the critic learns the mean
 of what the model gives. Samples come from their number alone, as in a real run.
@@ -6,10 +6,8 @@ of what the model gives. Samples come from their number alone, as in a real run.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -93,7 +91,3 @@ def run(out: Path, **options) -> None:
     config = TrainConfig(**{"batch": 8, "save_every": 3, "log_every": 1, "precision": "fp32", "ema": 0.9} | options)
     with distributed.world("cpu") as world:
         loop.train(Toy(**toy), batches(config, world), config, out, world, data="numbers")
-
-
-if __name__ == "__main__":
-    run(Path(sys.argv[1]), **json.loads(sys.argv[2]))

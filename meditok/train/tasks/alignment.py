@@ -246,7 +246,7 @@ class Alignment:
         """The frozen networks that took part."""
         config = self.config
         names = ["lpips", "vgg16"] if config.perceptual_net.startswith("lpips") else ["stlpips"]
-        found = [CARDS[name] for name in (names if config.perceptual else [])]
+        found = [CARDS[name] for name in (names if self.perceptual else [])]
         found += [CARDS[config.discriminator]] if config.adversarial else []
         return [*([self.teacher.card] if self.teacher else []), *found]
 
@@ -308,21 +308,30 @@ class Alignment:
 
     @torch.no_grad()
     def _pooled(self, batch: Batch) -> Tensor:
-        """Mean decoder inputs (B, width) of the whole pictures, which heads alone do not change: computed once."""
+        """Mean decoder inputs (B, width), which heads alone do not change: of tokens, or of the whole pictures, for
+        which they are computed once."""
         core = self.modules["generator"].core
+        if batch.tokens is not None:
+            return core.latents(batch.tokens, "post").mean(1)
         for key in set(batch.pictures) - set(self._means):
             picture = resize(self.whole(key), self.config.size)[None].to(core.device)
             self._means[key] = core.latents(picture, "post")[0].mean(0)
         return torch.stack([self._means[key] for key in batch.pictures])
 
     def _target(self, batch: Batch) -> Tensor:
-        """The teacher's features (B, width); those of captions and whole pictures are kept, each computed by itself so
-        that neither batches nor interruptions change them."""
-        if self.config.target == "image" and self.config.teacher_view == "crop":
-            return self.teacher(batch.images)
-        keys = batch.captions if self.config.target == "text" else batch.pictures
+        """The teacher's features (B, width) of what the model sees, or of whole pictures. Those of whole pictures, and
+        of captions where the heads alone are trained, are kept, each computed by itself so that neither batches nor
+        interruptions change them; elsewhere a caption that several images share is read once a batch."""
+        text = self.config.target == "text"
+        if not (self.config.heads_only or (self.config.teacher_view == "whole" and not text)):
+            if not text:
+                return self.teacher(batch.images)
+            captions = list(dict.fromkeys(batch.captions))
+            place = {caption: index for index, caption in enumerate(captions)}
+            return self.teacher(captions)[[place[caption] for caption in batch.captions]]
+        keys = batch.captions if text else batch.pictures
         for key in set(keys) - set(self._known):
-            seen = [key] if self.config.target == "text" else self.whole(key)[None].to(self.world.device)
+            seen = [key] if text else self.whole(key)[None].to(self.world.device)
             self._known[key] = self.teacher(seen)[0]
         return torch.stack([self._known[key] for key in keys])
 
