@@ -58,8 +58,8 @@ class TokenRows(list[Item]):
 
 @dataclass
 class Batch:
-    """What a step sees: images (B, 3, S, S) float32 in [-1, 1] or else tokens (B, G, N) int64, with texts, and where they
-    come from."""
+    """What a step sees: images (B, 3, S, S) float32 in [-1, 1] or else tokens (B, G, N) int64, their texts, and where
+    they come from."""
 
     images: torch.Tensor | None
     captions: list[str]
