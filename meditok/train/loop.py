@@ -69,7 +69,7 @@ class Task(Protocol):
 
 def start_over(out: Path) -> None:
     """Remove what an earlier run left in `out`, and nothing else."""
-    for folder in (checkpoint.FOLDER, "tensorboard"):
+    for folder in (checkpoint.FOLDER, "tensorboard", "wandb"):
         shutil.rmtree(out / folder, ignore_errors=True)
     for path in (out / LOG, out / WEIGHTS, out / "report.html", *out.glob("sheet-*.png")):
         path.unlink(missing_ok=True)

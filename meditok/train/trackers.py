@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from .._lazy import require
+from ..atomic import write_text
 from ..errors import UsageError
 from .config import TrainConfig
 
@@ -48,14 +49,26 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of project "meditok", named by the folder's path; WANDB_MODE and the like are the user's to set."""
+    """A run of project "meditok" that goes on where DIR's did; WANDB_MODE and the like are the user's to set.
+
+    It is told losses, sheets and settings, but no path, command line, source, package list or name of this machine.
+    """
 
     def __init__(self, out: Path, config: TrainConfig):
         self.wandb = require("wandb", "--track=wandb")
-        name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+        name = out / "wandb" / "meditok-run-id"
+        if not name.exists():
+            name.parent.mkdir(parents=True, exist_ok=True)
+            write_text(name, secrets.token_hex(8))
+        quiet = self.wandb.Settings(
+            console="off", save_code=False, disable_git=True, host="", x_disable_meta=True,
+            x_disable_machine_info=True, x_save_requirements=False,
+        )  # fmt: skip
         self.run = self.wandb.init(
-            project="meditok", dir=str(out), id=name, resume="allow", config=config.record(), name=out.resolve().name
-        )
+            project="meditok", dir=str(out), id=name.read_text(encoding="utf-8"), resume="allow", settings=quiet,
+            config=config.record(),
+            name=f"{config.preset} aligned with {config.target}",
+        )  # fmt: skip
 
     def row(self, row: dict[str, float]) -> None:
         if "resumed" not in row:
