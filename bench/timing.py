@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import gc
 import json
 import platform
 import shutil
@@ -117,6 +118,9 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is given back, and counts again where it is needed
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts over
     except OSError:

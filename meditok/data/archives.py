@@ -14,12 +14,12 @@ from meditok.data.readers.blob import Blob
 from meditok.errors import BadInputError, CorruptImageError, MeditokError, UnsafeFileError
 
 _CODE = (".pkl", ".pickle", ".pyd", ".pt", ".pth", ".so", ".dll", ".exe", ".py", ".pyc")
-_MAX_JSON = 2**20
+_MAX_SIDECAR = 2**20
 
 
 @dataclass
 class Member:
-    """An image inside a tar, with the columns of its KEY.json."""
+    """An image inside a tar, with the columns of its KEY.json and KEY.txt, its caption."""
 
     blob: Blob
     name: str  # posix path inside the tar
@@ -63,7 +63,7 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
                     raise tarfile.ReadError("member past the end")
                 blob = Blob(label, path, info.offset_data, info.size)
                 suffix = blob.suffix
-                if suffix == ".json":
+                if suffix in (".json", ".txt"):
                     sidecars[_key(name)].append(blob)
                 elif suffix in IMAGE_SUFFIXES:
                     members.append(Member(blob, name))
@@ -76,11 +76,14 @@ def read_tar(path: str) -> tuple[list[Member], list[tuple[str, str]], list[tuple
                 CorruptImageError(f"{path}: the tar is cut or damaged after {len(seen)} members; get it again"),
             )
         )
+    keys = {_key(member.name) for member in members}
+    stray = [blob for key, blobs in sidecars.items() if key not in keys for blob in blobs]
+    ignored += [(blob.label, "not an image") for blob in stray if blob.suffix == ".txt"]
     good = []
     for member in members:
         try:
-            for sidecar in sidecars.get(_key(member.name), ()):
-                member.columns.update(_json(sidecar))
+            for sidecar in sorted(sidecars.get(_key(member.name), ()), key=lambda blob: blob.suffix, reverse=True):
+                member.columns.update(_columns(sidecar))  # what JSON states comes last and counts
             good.append(member)
         except MeditokError as error:
             failed.append((member.blob.label, error))
@@ -109,15 +112,18 @@ def _key(name: str) -> str:
     return f"{folder}/{base.partition('.')[0]}"
 
 
-def _json(blob: Blob) -> dict:
-    if blob.size > _MAX_JSON:
+def _columns(blob: Blob) -> dict:
+    if blob.size > _MAX_SIDECAR:
         raise UnsafeFileError(
-            f"{blob.label}: a sidecar of {blob.size} bytes, over the limit of {_MAX_JSON}; make it smaller"
+            f"{blob.label}: a sidecar of {blob.size} bytes, over the limit of {_MAX_SIDECAR}; make it smaller"
         )
+    text = blob.suffix == ".txt"
     try:
-        record = json.loads(blob.read().decode("utf-8"))
+        content = blob.read().decode("utf-8")
+        record = {"caption": content.strip() or None} if text else json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptImageError(f"{blob.label}: the sidecar is not valid JSON; repair it") from error
+        kind = "UTF-8 text" if text else "valid JSON"
+        raise CorruptImageError(f"{blob.label}: the sidecar is not {kind}; repair it") from error
     if not isinstance(record, dict):
         raise CorruptImageError(f"{blob.label}: the sidecar is not a JSON object; repair it")
     return {key: value for key, value in record.items() if value is not None}

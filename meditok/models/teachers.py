@@ -3,7 +3,7 @@
 Two protocols: a vision teacher maps images (B, 3, H, W) float in [-1, 1] to (B, D) float32, a text teacher maps a list
 of B strings to (B, D) float32. Both have `width` (D) and `card`, take no gradient and stay in evaluation mode.
 
-    load_vision("offline" | "biomedclip" | "timm:NAME", weights)
+    load_vision("offline" | "biomedclip" | "timm:NAME" | "hf:NAME_OR_FOLDER", weights)
     load_text("offline" | "biomedclip" | "hf:NAME_OR_FOLDER", weights)
 """
 
@@ -164,6 +164,50 @@ class TimmVision(Frozen):
         return self.network(resized * self.scale + self.shift).float()
 
 
+class HuggingFaceVision(Frozen):
+    """Pooled features of any Hugging Face vision model, from a local folder or the hub; safetensors only.
+
+    The shared space of a CLIP-like model, else its pooled output or the mean of its tokens. Fed as its preprocessor
+    says (size, interpolation, mean, std), of the whole picture: nothing is cut off at the centre.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        transformers = _import("transformers", f"the vision teacher hf:{name}")
+        self.network = _pretrained(transformers.AutoModel, name, use_safetensors=True, trust_remote_code=False)
+        prepared, _ = _pretrained(transformers.ImageProcessingMixin, name, "get_image_processor_dict")
+        size = prepared.get("crop_size") or prepared.get("size") or self.network.config.image_size
+        size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+        self.size, self.mode = (size, size), {2: "bilinear", 3: "bicubic"}.get(prepared.get("resample"), "bilinear")
+        mean, std = (
+            torch.tensor(prepared.get(f"image_{key}") or [0.5] * 3).view(1, 3, 1, 1) for key in ("mean", "std")
+        )
+        self.register_buffer("scale", 0.5 / std)
+        self.register_buffer("shift", (0.5 - mean) / std)
+        self.card = Card(name, "as its publisher states", "unstated", "Hugging Face")
+        self.freeze()
+        self.width = self(torch.zeros(1, 3, *self.size)).shape[1]
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        resized = F.interpolate(images.float(), self.size, mode=self.mode, antialias=True, align_corners=False)
+        pixels = resized * self.scale + self.shift
+        shared = getattr(self.network, "get_image_features", None)
+        out = shared(pixel_values=pixels) if shared else self.network(pixel_values=pixels)
+        if isinstance(out, torch.Tensor):
+            return out.float()
+        pooled = getattr(out, "pooler_output", None)
+        return (out.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)).float()
+
+
+def _pretrained(kind, name: str, method: str = "from_pretrained", **options):
+    """What a class of transformers finds under that name; MissingPartError in one line where it does not."""
+    try:
+        return getattr(kind, method)(name, **options)
+    except (OSError, ValueError) as error:
+        raise MissingPartError(f"teacher hf:{name}: {_first_line(error)}; give a model's name or its folder") from None
+
+
 def load_vision(name: str, weights: str | os.PathLike = "") -> VisionTeacher:
     """A vision teacher by name, on the CPU; `weights` is the file it needs, if any.
 
@@ -178,7 +222,11 @@ def load_vision(name: str, weights: str | os.PathLike = "") -> VisionTeacher:
         return BiomedVision(trunk)
     if name.startswith("timm:"):
         return TimmVision(name.removeprefix("timm:"), weights)
-    raise UsageError(f"vision teacher {name!r}: unknown; choose offline, biomedclip or timm:NAME")
+    if name.startswith("hf:"):
+        if weights:
+            raise UsageError(f"vision teacher {name!r}: takes no weights file; give the model's folder as hf:FOLDER")
+        return HuggingFaceVision(name.removeprefix("hf:"))
+    raise UsageError(f"vision teacher {name!r}: unknown; choose offline, biomedclip, timm:NAME or hf:NAME")
 
 
 # ---- text --------------------------------------------------------------------------------------------------
@@ -224,13 +272,8 @@ class HuggingFaceText(Frozen):
     def __init__(self, name: str):
         super().__init__()
         transformers = _import("transformers", f"the text teacher hf:{name}")
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            self.network = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise MissingPartError(
-                f"teacher hf:{name}: {_first_line(error)}; give a model's name or its folder"
-            ) from None
+        self.tokenizer = _pretrained(transformers.AutoTokenizer, name)
+        self.network = _pretrained(transformers.AutoModel, name, use_safetensors=True, trust_remote_code=False)
         self.width = self.network.config.hidden_size
         self.card = Card(name, "as its publisher states", "unstated", "Hugging Face")
         self.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -100,6 +101,38 @@ def test_biomedclip_vision_is_the_trunks_class_token_of_nearest_resized_images(c
     expected = F.layer_norm(x[:, 0], (64,), state["norm.weight"], state["norm.bias"], eps=1e-6)
     torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-4)
     assert teacher.width == 64 and teacher.card.licence.startswith("MIT")
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+def test_a_vision_model_of_hugging_face_is_fed_as_its_preprocessor_says(kind, tmp_path):
+    """Equal to the model called by hand on normalised pixels: the pooled output, or the shared space of a CLIP."""
+    import transformers
+
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
+    torch.manual_seed(0)
+    if kind == "vit":
+        network = transformers.ViTModel(transformers.ViTConfig(patch_size=16, **small))
+    else:
+        text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+        config = transformers.CLIPConfig(
+            text_config=text, vision_config=dict(patch_size=16, **small), projection_dim=24
+        )
+        network = transformers.CLIPModel(config)
+    network.save_pretrained(tmp_path)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.4, 0.25]
+    prepared = {"image_mean": mean, "image_std": std, "size": {"shortest_edge": 32}, "resample": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(prepared))
+    teacher = load_vision(f"hf:{tmp_path}")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    x = ((images + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        if kind == "vit":
+            expected = network.eval()(pixel_values=x).pooler_output
+        else:
+            expected = network.visual_projection(network.eval().vision_model(pixel_values=x).pooler_output)
+    torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-5)
+    assert teacher.width == expected.shape[1] and teacher(torch.rand(1, 3, 80, 48)).isfinite().all()
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 # ---- text --------------------------------------------------------------------------------------------------
@@ -214,8 +247,9 @@ def test_missing_parts_say_where_to_get_them(tmp_path, clip_file, monkeypatch):
     (tmp_path / "model.bin").write_bytes(clip_file.read_bytes())
     with pytest.raises(MissingPartError, match="neither tokenizer.json nor vocab.txt"):
         load_text("biomedclip", tmp_path / "model.bin")
-    with pytest.raises(MissingPartError, match="teacher hf:"):
-        load_text(f"hf:{tmp_path}")
+    for load in (load_vision, load_text):
+        with pytest.raises(MissingPartError, match="teacher hf:"):
+            load(f"hf:{tmp_path}")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for load in (load_vision, load_text):
         with pytest.raises(MissingPartError, match=r"pip install 'meditok\[teachers\]'") as error:
@@ -243,12 +277,14 @@ def test_a_teacher_from_a_package_that_is_missing_or_broken_is_one_line(failure,
 
 def test_unknown_names_list_the_known_ones():
     """And hf: teachers take a folder, not a file."""
-    with pytest.raises(UsageError, match="choose offline, biomedclip or timm:NAME"):
+    with pytest.raises(UsageError, match="choose offline, biomedclip, timm:NAME or hf:NAME"):
         load_vision("clip")
     with pytest.raises(UsageError, match="choose offline, biomedclip or hf:NAME"):
         load_text("clip")
     with pytest.raises(UsageError, match="hf:FOLDER"):
         load_text("hf:bert", "weights.safetensors")
+    with pytest.raises(UsageError, match="hf:FOLDER"):
+        load_vision("hf:vit", "weights.safetensors")
 
 
 def test_every_network_states_its_licence():

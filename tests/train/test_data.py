@@ -146,8 +146,10 @@ def test_tars_bring_their_captions(tmp_path):
         for key in ("a", "b"):
             content = io.BytesIO()
             Image.fromarray(np.zeros((32, 32), np.uint8)).save(content, "PNG")
-            note = json.dumps({"caption": f"text {key}", "modality": "us", "split": "train"}).encode()
-            for name, body in ((f"{key}.png", content.getvalue()), (f"{key}.json", note)):
+            note = json.dumps({"modality": "us", "split": "train"} | ({"caption": "text a"} if key == "a" else {}))
+            text = "not this" if key == "a" else "text b\n"
+            sidecars = ((f"{key}.json", note.encode()), (f"{key}.txt", text.encode()))
+            for name, body in ((f"{key}.png", content.getvalue()), *sidecars):
                 member = tarfile.TarInfo(name)
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
