@@ -190,8 +190,14 @@ def _models(options: dict, size: int | None) -> tuple[list[TokenizerCodec], dict
     names = list(dict.fromkeys(options["models"]))
     loaded = [load_model(name, options["device"], options["precision"]) for name in names]
     codecs = name_apart([TokenizerCodec(model, size) for model in loaded])
-    seen = (frozenset(data_record(name).get("files", ())) for name in names)
-    return codecs, dict(zip((codec.name for codec in codecs), seen, strict=True))
+    records = [data_record(name) for name in names]
+    for codec, record in zip(codecs, records, strict=True):
+        if rows := record.get("unlisted"):
+            console.warning(
+                f"{codec.name} was trained on {rows} rows of token files, too, which do not tell their images: only "
+                "you can say whether they are among these"
+            )
+    return codecs, {c.name: frozenset(r.get("files", ())) for c, r in zip(codecs, records, strict=True)}
 
 
 def _baselines(options: dict, first: TokenizerCodec, held: HeldOut, plan: Plan) -> list:

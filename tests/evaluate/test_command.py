@@ -129,9 +129,9 @@ def test_a_picture_in_the_models_training_record_is_refused(evaluate, pictures, 
     source = next(s for s in discover([str(pictures)]).sources if s.name == "003.png")
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
-    (model / "data.json").write_text(json.dumps({"files": fingerprints(source)}))
+    (model / "data.json").write_text(json.dumps({"files": fingerprints(source), "unlisted": 7}))
     code, _, err = evaluate(pictures, "--model", model)
-    assert code == 3 and "003.png" in err and "trained on" in err
+    assert code == 3 and "003.png" in err and "trained on" in err and "7 rows of token files" in err
     code, _, err = evaluate(pictures, "--model", model, "--on-error", "skip", "--json", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     assert code == 6 and (report["rows"], report["failed"]) == (11, 1)

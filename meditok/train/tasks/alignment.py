@@ -248,7 +248,7 @@ class Alignment:
         names = ["lpips", "vgg16"] if config.perceptual_net.startswith("lpips") else ["stlpips"]
         found = [CARDS[name] for name in (names if self.perceptual else [])]
         found += [CARDS[config.discriminator]] if config.adversarial else []
-        return [*([self.teacher.card] if self.teacher else []), *found]
+        return list(dict.fromkeys([*([self.teacher.card] if self.teacher else []), *found]))
 
     def export(self, path: Path, weights: dict[str, Tensor]) -> None:
         """The tokenizer; after stage 2 with the head that takes the text tower's features to the shared space."""
