@@ -37,6 +37,8 @@ def runs(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     jobs = [launch.Job(folder / f"killed {t}", of_stage(t, data, **TWENTY, kill=12)) for t in TARGETS]
     jobs += [launch.Job(folder / f"{n} {t}", of_stage(t, data, **JOINED), n) for t in TARGETS for n in (2, 4)]
+    sharded = of_stage("text", data, **JOINED, sharded=True, sheet_every=2)
+    jobs.append(launch.Job(folder / "2 sharded text", sharded, 2))
     statuses, said = launch.start("stages", jobs)
     assert statuses == [[-signal.SIGKILL]] * 2 + [[0] * job.processes for job in jobs[2:]], said
     return folder
@@ -130,7 +132,7 @@ def test_a_stage_killed_between_checkpoints_ends_as_one_that_was_not(data, runs,
 def test_processes_agree_with_one_on_the_joined_batch(data, runs, tmp_path, target):
     rows = stages.run(tmp_path / "one", **of_stage(target, data, **JOINED))
     losses = ("l1", "l2", "vq", "perceptual", "contrastive", "adversarial", "hinge", "consistency")
-    for processes in (2, 4):
+    for processes in ("2", "4") + (("2 sharded",) if target == "text" else ()):
         many = runs / f"{processes} {target}"
         with open(many / "log.csv") as file:
             log = list(csv.DictReader(file))
@@ -181,6 +183,23 @@ def test_recomputing_activations_changes_no_gradient(data):
         torch.stack(list(task.losses("generator", task.modules, batch, 0).values())).sum().backward()
         gradients.append({name: p.grad for name, p in task.modules["generator"].named_parameters() if p.requires_grad})
     assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
+
+
+def test_half_precision_moves_losses_a_little_and_reaches_neither_quantiser_nor_losses(data):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        config = stages.settings(data=data, target="text", precision=precision)
+        task = Alignment(config, World(0, 1, torch.device("cpu")))
+        core, seen = task.modules["generator"].core, []
+        core.quantizer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].dtype))
+        batch = next(batches(find_items(config), config, start=1, rank=0, world=1))
+        losses[precision] = task.losses("generator", task.modules, batch, 1)
+        assert seen == [torch.float32]
+    for term, value in losses["bf16"].items():
+        expected = losses["fp32"][term].item()
+        assert value.dtype == torch.float32 and value.item() != expected, term
+        if term in ("l1", "l2", "vq", "perceptual"):  # the others hang on which codes are chosen
+            assert value.item() == pytest.approx(expected, rel=0.05), term
 
 
 def test_the_command_trains_and_goes_on(data, tmp_path, capfd):

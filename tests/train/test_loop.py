@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -136,6 +137,26 @@ def test_a_signal_at_one_process_stops_all_after_the_step_with_a_checkpoint(runs
     toy.run(folder / "interrupted", steps=10)
     toy.run(tmp_path / "whole", steps=10)
     assert_same_weights(tmp_path / "whole", folder / "interrupted")
+
+
+def test_another_number_of_processes_goes_on_within_rounding_and_says_so(runs, tmp_path):
+    shutil.copytree(runs[0] / "terminated", tmp_path / "alone")
+    with pytest.warns(UserWarning, match="going on with processes 2, now 1: the result agrees within rounding only"):
+        toy.run(tmp_path / "alone", steps=10)
+    toy.run(tmp_path / "whole", steps=10)
+    assert_close_weights(tmp_path / "whole", tmp_path / "alone")
+
+
+def test_the_exported_weights_are_the_exponential_average_over_the_steps(tmp_path):
+    toy.run(tmp_path / "out", steps=8, save_every=1, keep=8, ema=0.3)
+    average = toy.Toy().modules["model"].weight.detach()
+    for step, folder in enumerate(checkpoint.existing(tmp_path / "out")):
+        weight = load_file(folder / "state.safetensors")["module.model.weight"]
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    exported = load_file(tmp_path / "out" / "model.safetensors")["weight"]
+    torch.testing.assert_close(exported, average)
+    assert not torch.allclose(exported, weight)
 
 
 def test_another_number_of_threads_is_said_to_change_the_last_bits(tmp_path):
