@@ -28,8 +28,8 @@ COLUMNS = (
 )
 CANDIDATES = {
     "tiny": ("the bundled architecture", {}),
-    "convolutions": ("5 convolution blocks on the token grid in place of the decoder's transformer",
-                     {"decoder_depth": 0, "grid_depth": 5}),
+    "convolutions": ("3 convolution blocks on the token grid at each end in place of the decoder's transformer",
+                     {"decoder_depth": 0, "grid_depth": 3}),
     "wide-overlap": ("patches that reach 8 px beyond their own", {"overlap": 8}),
     "no-overlap": ("patches that do not overlap", {"overlap": 0}),
     "16-books": ("16 codebooks of 64 codes and 4 dims", {"num_codebooks": 16, "codebook_size": 64, "code_dim": 4}),
