@@ -17,8 +17,8 @@ import meditok
 from meditok.evaluate.metrics import psnr
 from meditok.models.files import bundled
 from meditok.train.config import load_config
-from meditok.train.data import find_items
-from meditok.train.run import data_record
+from meditok.train.data import data_record, find_items
+from meditok.train.distributed import World
 
 DATA = Path(os.environ.get("MEDITOK_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
@@ -63,7 +63,9 @@ def test_the_training_list_is_what_the_manifest_allows():
         "tiny-stage2", [f"data={DATA}", "include=train/*", "weights_ok=true"]
     )  # as the card's command has it
     recorded = json.loads((bundled()["tiny"].parent / "data.json").read_text())
-    assert data_record(find_items(config)) == recorded  # its `files` are what `meditok evaluate` refuses
+    assert (
+        data_record(find_items(config), config, World(0, 1, torch.device("cpu"))) == recorded
+    )  # its `files` are what `meditok evaluate` refuses
 
 
 def test_an_image_it_never_saw_comes_back_recognisably(tiny):
