@@ -2,7 +2,7 @@
 // turn and act is none, gelu (erf), or geglu: gelu_tanh(y weight^T + bias) * (y gate_weight^T + gate_bias).
 //
 // float32, any sizes, 0 included. Every row's result depends on that row alone: not on the number of rows, their
-// order, or the threads. Vector kernels add up k in index order in chains of 256, the scalar one in double.
+// order, or the threads. Vector kernels add up k in index order in chains of 256 or 128, the scalar one in double.
 #pragma once
 
 #include <cstdint>
@@ -45,8 +45,6 @@ constexpr int64_t kPad = 32;
 struct LinearKernel {
     int64_t tile_rows;  // rows of a tile
     int64_t bytes;      // that a prepared value takes
-    int64_t
-        chunk;  // bytes of prepared rows at a time, which stream past each panel: about half a second cache
     // Bytes of memory of its own that a thread needs to run `rows` rows of `width` values, padded.
     int64_t (*spare)(int64_t rows, int64_t width);
     // `count` <= tile_rows normalised rows from `row` on -> tile, tile_rows * (padded width) values.

@@ -2,7 +2,8 @@
 // x = x1 + x2 + x3, |x2| <= 2^-8 |x1|, |x3| <= 2^-8 |x2|, and of the nine products of two such sums the six largest,
 // x1 w1, x1 w2, x2 w1, x2 w2, x1 w3, x3 w1, leave an error of 2^-24, less than one rounding of the plain product.
 // The unit takes 512 bfloat16 multiply-adds a cycle, so that six cost a third of the vector units' time for the one.
-// Of 64 values of k at a time the five small products are added up first, then the large one.
+// Of 128 values of k the five small products are added up first, then the large one: the small ones are not rounded
+// against the large sum. Those partial sums are added up in vectors.
 //
 // Weights are the left operand: their rows are split as they lie in memory, and only x, which is small, is transposed.
 // Tiles hold float pairs (k, k + 16): any order does, as long as both sides have the same.
@@ -29,7 +30,8 @@ constexpr int64_t kGroup = 16;                // rows of x, or of the weights, i
 constexpr int64_t kRows = 2 * kGroup;         // rows of x that meet a panel at once: 2 x 2 tiles of sums
 constexpr int64_t kTile = kGroup * kStep;     // bfloat16 of a tile, 1 KiB
 constexpr int64_t kStepSize = 3 * 2 * kTile;  // bfloat16 of a step of either operand: (split, group, tile)
-constexpr int64_t kSpan = 2;                // steps at once: 12 KiB of weights, which stay in the first cache
+constexpr int64_t kSpan = 2;                  // steps at once ...
+constexpr int64_t kAtOnce = 2;  // ... of so many panels: 24 KiB of weights, which stay in the first cache
 constexpr int64_t kSums = kRows * kPanel;   // floats
 constexpr int64_t kLines = kStep * 4 / 64;  // cache lines of a step of a row of weights
 static_assert(kPad % kStep == 0, "whole steps in a row");
@@ -206,36 +208,44 @@ struct alignas(64) TileConfig {
 
 int64_t spare_bytes(int64_t rows, int64_t width) {
     const int64_t prepared = kGroup * width * 4, packed = kSpan * kStepSize * 2;
-    const int64_t run = packed + (rows + kRows - 1) / kRows * kSums * 4;
+    const int64_t run = kAtOnce * (packed + (rows + kRows - 1) / kRows * kSums * 4);
     return prepared > run ? prepared : run;
 }
 
-// One panel; the weights of the one after it are fetched meanwhile, where it is before `last`.
-void run_panel(const LinearParams& params, int64_t row, int64_t count, const uint16_t* rows, int64_t panel,
-               int64_t last, uint16_t* packed) {
+// `panels` <= kAtOnce panels from `panel` on. The weights of the panels after them up to `last` are fetched meanwhile.
+void run_some(const LinearParams& params, int64_t row, int64_t count, const uint16_t* rows, int64_t panel,
+              int64_t panels, int64_t last, uint16_t* packed) {
     const int64_t steps = padded_width(params) / kStep, blocks = (count + kRows - 1) / kRows;
-    float* sums = reinterpret_cast<float*>(packed + kSpan * kStepSize);  // (blocks, kSums)
+    float* sums = reinterpret_cast<float*>(packed + kAtOnce * kSpan * kStepSize);  // (blocks, panels, kSums)
     auto end = [&](int64_t step) { return step + kSpan < steps ? step + kSpan : steps; };
     for (int64_t step = 0; step < steps; step += kSpan) {
         const int64_t span = end(step) - step;
-        pack_steps(params, panel, step, step + span, packed);
+        for (int64_t p = 0; p < panels; ++p) {
+            pack_steps(params, panel + p, step, step + span, packed + p * kSpan * kStepSize);
+        }
         for (int64_t block = 0; block < blocks; ++block) {
-            if (step + span < steps) {
-                fetch_steps(params, panel, step + span, end(step + span), block, blocks);
-            } else if (panel + 1 < last) {
-                fetch_steps(params, panel + 1, 0, end(0), block, blocks);
-            }
             const uint16_t* x = rows + (block * steps + step) * kStepSize;
-            if (count - block * kRows > kGroup) {
-                multiply_span<2>(packed, x, span, step != 0, sums + block * kSums);
-            } else {
-                multiply_span<1>(packed, x, span, step != 0, sums + block * kSums);
+            for (int64_t p = 0; p < panels; ++p) {
+                if (step + span < steps) {
+                    fetch_steps(params, panel + p, step + span, end(step + span), block, blocks);
+                } else if (panel + panels + p < last) {
+                    fetch_steps(params, panel + panels + p, 0, end(0), block, blocks);
+                }
+                const uint16_t* weights = packed + p * kSpan * kStepSize;
+                float* to = sums + (block * panels + p) * kSums;
+                if (count - block * kRows > kGroup) {
+                    multiply_span<2>(weights, x, span, step != 0, to);
+                } else {
+                    multiply_span<1>(weights, x, span, step != 0, to);
+                }
             }
         }
     }
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t left = count - block * kRows < kRows ? count - block * kRows : kRows;
-        finish_rows(params, row + block * kRows, left, panel, sums + block * kSums);
+        for (int64_t p = 0; p < panels; ++p) {
+            finish_rows(params, row + block * kRows, left, panel + p, sums + (block * panels + p) * kSums);
+        }
     }
 }
 
@@ -246,9 +256,10 @@ void run_panels(const LinearParams& params, int64_t row, int64_t count, const vo
     const TileConfig ours;
     _tile_storeconfig(&before);
     _tile_loadconfig(&ours);
-    for (; panel < last; ++panel) {
-        run_panel(params, row, count, static_cast<const uint16_t*>(tiles), panel, last,
-                  static_cast<uint16_t*>(spare));
+    for (; panel < last; panel += kAtOnce) {
+        const int64_t panels = last - panel < kAtOnce ? last - panel : kAtOnce;
+        run_some(params, row, count, static_cast<const uint16_t*>(tiles), panel, panels, last,
+                 static_cast<uint16_t*>(spare));
     }
     if (before.palette == 0) {
         _tile_release();
@@ -260,7 +271,7 @@ void run_panels(const LinearParams& params, int64_t row, int64_t count, const vo
 }  // namespace
 
 LinearKernel linear_amx() {
-    return {kRows, 3 * sizeof(uint16_t), 768 << 10, spare_bytes, prepare_tile, run_panels};
+    return {kRows, 3 * sizeof(uint16_t), spare_bytes, prepare_tile, run_panels};
 }
 
 }  // namespace meditok

@@ -22,7 +22,7 @@ constexpr int64_t kTileRows = 6;
 }  // namespace
 
 LinearKernel linear_avx2() {
-    return {kTileRows, sizeof(float), 2 << 20, spare_bytes, prepare_tile, run_panels};
+    return {kTileRows, sizeof(float), spare_bytes, prepare_tile, run_panels};
 }
 
 }  // namespace meditok

@@ -22,7 +22,7 @@ constexpr int64_t kTileRows = 14;
 }  // namespace
 
 LinearKernel linear_avx512() {
-    return {kTileRows, sizeof(float), 2 << 20, spare_bytes, prepare_tile, run_panels};
+    return {kTileRows, sizeof(float), spare_bytes, prepare_tile, run_panels};
 }
 
 }  // namespace meditok

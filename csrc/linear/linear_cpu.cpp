@@ -32,7 +32,8 @@ bool choose_kernel(LinearKernel& kernel) {
     }
 }
 
-constexpr int64_t kItemsEach = 4;  // items a thread gets, so that one held up does not hold up all
+constexpr int64_t kChunkBytes = 3 << 19;  // of prepared rows, which stream past each panel
+constexpr int64_t kItemsEach = 4;         // items a thread gets, so that one held up does not hold up all
 constexpr int64_t kScalarRows = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) {
@@ -82,7 +83,7 @@ void linear_cpu(const LinearParams& params, int threads) {
 
     // Chunks of equal size, give or take a tile. An item is a group of panels; where panels are few for the threads, it is
     // one panel and a part of the tiles.
-    const int64_t most = std::max<int64_t>(kernel.chunk / tile_bytes, 1);
+    const int64_t most = std::max<int64_t>(kChunkBytes / tile_bytes, 1);
     const int64_t chunks = ceil_div(tiles, most), chunk_tiles = ceil_div(tiles, chunks);
     const int64_t items = kItemsEach * threads;
     const int64_t group = std::max<int64_t>(panels / items, 1), groups = ceil_div(panels, group);
