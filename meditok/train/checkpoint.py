@@ -22,7 +22,7 @@ from ..errors import BadInputError, UsageError
 from .config import FREE, TrainConfig
 from .sharding import like
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -54,7 +54,7 @@ def existing(out: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def newest(out: Path, config: TrainConfig, data: str) -> tuple[dict[str, torch.Tensor], dict] | None:
+def newest(out: Path, config: TrainConfig, made_of: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict] | None:
     """`load` of the newest checkpoint that can be read, or None where there is none at all.
 
     Damaged ones are passed over with a warning each: a run goes on bit for bit from any checkpoint, so going further
@@ -63,7 +63,7 @@ def newest(out: Path, config: TrainConfig, data: str) -> tuple[dict[str, torch.T
     found = existing(out)
     for place, folder in enumerate(reversed(found), 1):
         try:
-            return load(folder, config, data)
+            return load(folder, config, made_of)
         except DamagedCheckpointError as error:
             if place == len(found):
                 raise BadInputError(f"{error}, and no older one is left; pass --fresh to start anew") from None
@@ -75,7 +75,7 @@ class DamagedCheckpointError(BadInputError):
     """A checkpoint that is cut, altered or not all there."""
 
 
-def load(folder: Path, config: TrainConfig, data: str) -> tuple[dict[str, torch.Tensor], dict]:
+def load(folder: Path, config: TrainConfig, made_of: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, values) of a checkpoint. DamagedCheckpointError; UsageError: made with other settings or data."""
     try:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -87,8 +87,8 @@ def load(folder: Path, config: TrainConfig, data: str) -> tuple[dict[str, torch.
     if values.get("format") != FORMAT:
         raise BadInputError(f"{folder}: format {values.get('format')}, this version reads {FORMAT}; pass --fresh")
     changed = differences(values["config"], config)
-    if values["data"] != data:
-        changed.append("the images it is trained on")
+    before = values["made_of"]
+    changed += [name for name in before | made_of if before.get(name) != made_of.get(name)]
     if changed:
         raise UsageError(f"{folder}: made with other settings ({'; '.join(changed)}); give the same, or --fresh")
     return tensors, values

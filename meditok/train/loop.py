@@ -82,18 +82,18 @@ def train(
     out: Path,
     world: World,
     *,
-    data: str = "",
+    made_of: dict[str, str] | None = None,
     report: Callable[[dict], None] = lambda row: None,
     sheet: Callable[[int], None] = lambda step: None,
 ) -> Path:
     """Run to `config.steps` and write model.safetensors; returns its path.
 
-    `batches(step)` gives this rank's micro-batches from that step on; `data` names what they are made of, and a run
-    goes on only with the same. NonFiniteLossError on every rank when any rank's loss is not finite; the last
-    checkpoint stays. SIGINT or SIGTERM at any rank: a checkpoint after the running step, then KeyboardInterrupt.
+    `batches(step)` gives this rank's micro-batches from that step on; `made_of` tells hashes of what the run is made
+    of, such as its list of images, and it goes on only with the same. NonFiniteLossError on every rank when any
+    rank's loss is not finite; the last checkpoint stays. SIGINT or SIGTERM at any rank: a checkpoint after the running step, then KeyboardInterrupt.
     """
     with Stop() as stop:
-        return _train(Run(task, config, out, world, data), batches, report, sheet, stop)
+        return _train(Run(task, config, out, world, made_of or {}), batches, report, sheet, stop)
 
 
 def _train(run: Run, batches, report, sheet, stop: Stop) -> Path:

@@ -62,6 +62,9 @@ def start(
         if config.check == "read" and not begun:
             check_items(items, config, world)
         record = None if begun and known else data_record(items, config, world)
+        made_of = {"the images it is trained on": list_hash(items)}
+        if config.init:
+            made_of["the weights of --init"] = task.modules["generator"].core.hash
         if config.start and not begun:
             fit_start(task, items, config)
         if world.first:
@@ -93,7 +96,7 @@ def start(
                 config,
                 out,
                 world,
-                data=list_hash(items),
+                made_of=made_of,
                 report=tell if world.first else lambda row: None,
                 sheet=sheet,
             )

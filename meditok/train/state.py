@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Run:
     """The state of one run: what a checkpoint holds, and how it comes back."""
 
-    def __init__(self, task: Task, config: TrainConfig, out: Path, world: World, data: str):
-        self.task, self.config, self.out, self.world, self.data = task, config, out, world, data
+    def __init__(self, task: Task, config: TrainConfig, out: Path, world: World, made_of: dict[str, str]):
+        self.task, self.config, self.out, self.world, self.made_of = task, config, out, world, made_of
         self.step = 0
         self.sharded = config.sharded and world.size > 1
         for module in task.modules.values():
@@ -65,7 +65,7 @@ class Run:
         if self.world.first:
             values = {
                 "config": self.config.record(),
-                "data": self.data,
+                "made_of": self.made_of,
                 "setting": setting(self.world),
                 "scalers": {phase: scaler.state_dict() for phase, scaler in self.scalers.items()},
             }
@@ -83,7 +83,7 @@ class Run:
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one. Errors and warnings as `checkpoint.newest`."""
-        found = checkpoint.newest(self.out, self.config, self.data)
+        found = checkpoint.newest(self.out, self.config, self.made_of)
         self.step = found[1]["step"] if found else 0
         if self.world.largest(self.step) != -self.world.largest(-self.step):
             raise BadInputError(f"{self.out}: the processes read checkpoints of other steps; is the folder shared?")

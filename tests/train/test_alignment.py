@@ -216,4 +216,6 @@ def test_the_command_trains_and_goes_on(data, tmp_path, capfd):
     assert "lr 0.001, now 1.0" in capfd.readouterr().err
     assert command([*arguments, "--learning=1"]) == 2
     assert "no setting learning" in capfd.readouterr().err
+    assert command([*arguments, f"--init={tmp_path}/out/model.safetensors", "--start="]) == 2
+    assert "the weights of --init" in capfd.readouterr().err
     assert command([*arguments, "--lr=1", "--fresh"]) == 0

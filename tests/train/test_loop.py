@@ -187,7 +187,7 @@ def test_another_setting_is_not_gone_on_with(tmp_path):
     made = json.loads((folder / "state.json").read_text())["config"]
     made = {key: tuple(value) if isinstance(value, list) else value for key, value in made.items()}
     with pytest.raises(UsageError, match="the images it is trained on"):
-        checkpoint.load(folder, TrainConfig(**made), "other images")
+        checkpoint.load(folder, TrainConfig(**made), {"the images it is trained on": "others"})
     toy.run(tmp_path / "out", steps=4, keep=5, log_every=2)  # what changes no weight may change
 
 

@@ -90,4 +90,6 @@ def run(out: Path, **options) -> None:
     toy = {key: options.pop(key) for key in mine if key in options}
     config = TrainConfig(**{"batch": 8, "save_every": 3, "log_every": 1, "precision": "fp32", "ema": 0.9} | options)
     with distributed.world("cpu") as world:
-        loop.train(Toy(**toy), batches(config, world), config, out, world, data="numbers")
+        loop.train(
+            Toy(**toy), batches(config, world), config, out, world, made_of={"the images it is trained on": "numbers"}
+        )
