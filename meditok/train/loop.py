@@ -90,7 +90,8 @@ def train(
 
     `batches(step)` gives this rank's micro-batches from that step on; `made_of` tells hashes of what the run is made
     of, such as its list of images, and it goes on only with the same. NonFiniteLossError on every rank when any
-    rank's loss is not finite; the last checkpoint stays. SIGINT or SIGTERM at any rank: a checkpoint after the running step, then KeyboardInterrupt.
+    rank's loss is not finite; the last checkpoint stays. SIGINT or SIGTERM at any rank: a checkpoint after the
+    running step, then KeyboardInterrupt.
     """
     with Stop() as stop:
         return _train(Run(task, config, out, world, made_of or {}), batches, report, sheet, stop)
