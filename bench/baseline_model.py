@@ -183,14 +183,18 @@ class Decoder(nn.Module):
             {"conv1": Upsample(w1, w1), "norm1": Norm2d(w1), "conv2": nn.Conv2d(w1, 3, 3, 1, 1)}
         )
 
+    @property
+    def last_layer(self):
+        return self.pixels["proj"] if hasattr(self, "pixels") else self.up_conv4["conv2"]
+
     def convolve(self, x):  # (B, N, C) -> (B, 3, H, W), N a square
         side = math.isqrt(x.shape[1])
         x = x.transpose(1, 2).reshape(x.shape[0], -1, side, side)
         if hasattr(self, "pixels"):
-            return self.pixels["proj"](self.pixels["grid"](x))
+            return self.last_layer(self.pixels["grid"](x))
         x = self.up_conv3(self.up_conv2(self.up_conv1(x)))
         head = self.up_conv4
-        return head["conv2"](F.gelu(head["norm1"](head["conv1"](x))))
+        return self.last_layer(F.gelu(head["norm1"](head["conv1"](x))))
 
     def forward(self, x):
         return self.convolve(self.norm(self.blocks(x)))
@@ -245,7 +249,8 @@ class Baseline(nn.Module):
             self.encoder, self.decoder, self.quantizer = Encoder(c), Decoder(c), Quantizer(c)
             self.quant_proj = Bottleneck(c.width, c.code_width, c.heads, causal)
             self.post_quant_proj = Bottleneck(c.code_width, c.width, c.heads, causal)
-        heads = ("logit_scale", "fc_norm.", "projection.")  # of the aligned space: not on any path measured
+        # Of the aligned space: not on any path measured.
+        heads = ("logit_scale", "fc_norm.", "projection.", "text_fc_norm.", "text_projection.")
         state = {key: value for key, value in model.state_dict().items() if not key.startswith(heads)}
         self.load_state_dict(state, assign=True)  # the very memory of the other model
         self.requires_grad_(True).train(model.training)

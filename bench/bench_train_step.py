@@ -85,7 +85,7 @@ class Plain:
             judge = self.modules["discriminator"].requires_grad_(False)
             fooled = adversarial.hinge_generator(judge(diffaug.augment(r, task._drawn(batch, 0), 0.0)))
             judge.requires_grad_(True)
-            last = self.model.decoder.up_conv4["conv2"].weight
+            last = self.model.decoder.last_layer.weight
             norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (likelihood, fooled)]
             weight = (norms[0] / (norms[1] + 1e-6)).clamp(adversarial.MIN_WEIGHT, adversarial.MAX_WEIGHT).detach()
             total = total + config.adversarial * weight * fooled
