@@ -34,7 +34,7 @@ from .distributed import World
 from .signals import leave_to_parent
 
 _SHOWN = 20
-STATED = ("source", "licence", "licence_stated")  # columns of a manifest that data.json repeats
+STATED = ("source", "licence", "licence_stated")  # columns that weights made to be published have to repeat
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,11 @@ def _problem(item: Item) -> str:
 
 
 def data_record(items: Sequence[Item], config: TrainConfig, world: World) -> dict:
-    """What data.json beside the weights says: how many images, the hash of their list, how many of each source with its
-    licence where a manifest states it, and the fingerprint of every file, by which `meditok evaluate` refuses them;
-    those of the weights that training starts from among them. Token files do not tell what files they were made of:
-    their rows are counted as "unlisted".
+    """What data.json beside the weights says: how many images, the hash of their list, the fingerprint of every file,
+    by which `meditok evaluate` refuses them; those of the weights that training starts from among them. With weights_ok
+    also how many images of each source, with its licence, as published weights have to say; without it a manifest's
+    words stay out, since they may name people. Token files do not tell what files they were made of: their rows are
+    counted as "unlisted".
 
     Reads every file once, each process a part.
     """
@@ -175,7 +176,9 @@ def data_record(items: Sequence[Item], config: TrainConfig, world: World) -> dic
     sources = list({id(item.source): item.source for item in items if item.source}.values())
     files = {print for prints in each(fingerprints, sources, config, world) for print in prints}
     counts = Counter(
-        (item.modality, *(item.source.columns.get(key, "") for key in STATED)) for item in items if item.source
+        (item.modality, *(item.source.columns.get(key, "") for key in STATED))
+        for item in items
+        if item.source and config.weights_ok
     )
     keys = ("modality", *STATED, "images")
     unlisted = sum(item.source is None for item in items) + before.get("unlisted", 0)
