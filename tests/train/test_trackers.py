@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -14,11 +15,10 @@ from meditok.train.trackers import trackers
 from . import stages
 
 
-def test_tensorboard_reads_every_row_and_sheet_once_also_of_a_run_that_was_interrupted(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    data, out = str(stages.pictures(tmp_path / "pictures")), tmp_path / "out"
+def interrupted(data: str, out: Path, track: str) -> None:
+    """Four steps, interrupted in the third and gone on with from the second."""
     config = stages.settings(
-        data=data, perceptual=0.0, contrastive=0.0, adversarial=0.0, track="tensorboard", steps=4, sheet_every=2
+        data=data, perceptual=0.0, contrastive=0.0, adversarial=0.0, track=track, steps=4, sheet_every=2
     )
 
     def interrupt(row: dict) -> None:
@@ -28,6 +28,12 @@ def test_tensorboard_reads_every_row_and_sheet_once_also_of_a_run_that_was_inter
     with pytest.raises(KeyboardInterrupt):
         run.start(config, out, device="cpu", report=interrupt)
     run.start(config, out, device="cpu", report=lambda row: None)  # from step 2
+
+
+def test_tensorboard_reads_every_row_and_sheet_once_also_of_a_run_that_was_interrupted(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "out"
+    interrupted(str(stages.pictures(tmp_path / "pictures")), out, track="tensorboard")
     events = accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     with open(out / "log.csv") as file:
@@ -54,18 +60,8 @@ def test_weights_and_biases_is_told_every_row_and_sheet_under_one_name_and_no_pa
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    data, out = str(stages.pictures(tmp_path / "patient-name")), tmp_path / "out"
-    config = stages.settings(
-        data=data, perceptual=0.0, contrastive=0.0, adversarial=0.0, track="wandb", steps=4, sheet_every=2
-    )
-
-    def interrupt(row: dict) -> None:
-        if row.get("step") == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run.start(config, out, device="cpu", report=interrupt)
-    run.start(config, out, device="cpu", report=lambda row: None)  # from step 2
+    out = tmp_path / "out"
+    interrupted(str(stages.pictures(tmp_path / "patient-name")), out, track="wandb")
     files = sorted(out.glob("wandb/offline-run-*/*.wandb"))
     told = [record for path in files for record in records(path)]
     assert len({record.run.run_id for record in told if record.WhichOneof("record_type") == "run"}) == 1
