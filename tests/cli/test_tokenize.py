@@ -314,3 +314,26 @@ def test_a_killed_run_never_looks_finished_and_the_same_command_finishes_it(cli,
         assert cli(*arguments, tmp_path / out)[0] == 0
     killed, whole = ({p.name: p.read_bytes() for p in (tmp_path / o).iterdir()} for o in ("killed", "whole"))
     assert killed == whole and len(whole) == 16
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_dry_run_predicts_what_fitting_refuses(cli, tmp_path, patch_model, more):
+    (tmp_path / "in").mkdir()
+    Image.new("L", (20_000, 1)).save(tmp_path / "in" / "thin.png")
+    Image.new("L", (20, 20)).save(tmp_path / "in" / "good.png")
+    arguments = ["tokenize", tmp_path / "in", "-o", tmp_path / "s", "--size", 64, "--fit", "crop", *more]
+    code, _, err = cli(*arguments)
+    assert code == 3 and "thin.png" in err and "too thin" in err
+    assert cli(*arguments, "--on-error", "skip")[0] == 6
+
+
+def test_tiles_and_slices_are_counted_before_they_are_made(cli, make, tmp_path, patch_model):
+    """Parts are cut by the pictures that headers promise: 6 tiles each, and whole volumes."""
+    (tmp_path / "in").mkdir()
+    for index in range(3):
+        Image.fromarray(make.noise((60, 90))).save(tmp_path / "in" / f"{index}.png")
+    make.nifti(tmp_path / "in" / "v.nii.gz", make.noise((20, 20, 7)).astype(np.int16), np.diag([1, 1, 3, 1]))
+    arguments = ["--size", 32, "--fit", "tile", "--shard-size", 12, "--modality", "mr"]
+    assert cli("tokenize", tmp_path / "in", "-o", tmp_path / "s", *arguments)[0] == 0
+    index = json.loads((tmp_path / "s" / "store.json").read_text())
+    assert [part["rows"] for part in index["parts"]] == [12, 6, 7] or [p["rows"] for p in index["parts"]] == [12, 13]
