@@ -22,7 +22,7 @@ from .._lazy import require
 from ..errors import BadInputError, MissingPartError, UsageError
 from .bert import Bert, WordPiece, bert_from_state
 from .efficientnet import WIDTH, EfficientNetLite0, load_efficientnet
-from .frozen import Frozen, given_file, package_file, read_state
+from .frozen import Frozen, given_file, load_exactly, package_file, read_state
 from .vit import VisionTransformer, vit_from_state
 
 
@@ -138,25 +138,32 @@ class BiomedVision(Frozen):
 
 
 class TimmVision(Frozen):
-    """Pooled features of any timm model, fed as its own configuration says (size, interpolation, mean, std)."""
+    """Pooled features of any timm model, fed as its own configuration says (size, interpolation, mean, std), of the
+    whole picture. `weights` is a file of the model as timm publishes it; its classifier is left out."""
 
     def __init__(self, name: str, weights: str | os.PathLike):
         super().__init__()
         timm = _import("timm", f"the vision teacher timm:{name}")
-        source = {"checkpoint_path": str(_plain(weights, name))} if weights else {"pretrained": True}
         try:
-            self.network = timm.create_model(name, num_classes=0, **source)
+            self.network = timm.create_model(name, num_classes=0, pretrained=not weights)
         except (RuntimeError, ValueError, OSError) as error:
             raise MissingPartError(
-                f"teacher timm:{name}: {_first_line(error)}; correct the name or give its file"
+                f"teacher timm:{name}: {_first_line(error)}; correct the name, or give the model's file as "
+                "--teacher_weights"
             ) from None
+        if weights:
+            path = given_file(weights, f"teacher timm:{name}", "the model's .safetensors file")
+            state, wanted = read_state(path), self.network.state_dict()
+            load_exactly(self.network, {key: state[key] for key in wanted if key in state}, path, f"timm's {name}")
         config = timm.data.resolve_model_data_config(self.network)
-        self.size, self.mode = config["input_size"][1:], config["interpolation"]
+        self.size, mode = config["input_size"][1:], config["interpolation"]
+        self.mode = mode if mode in ("bilinear", "bicubic") else "bicubic"
         mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
         self.register_buffer("scale", 0.5 / std)
         self.register_buffer("shift", (0.5 - mean) / std)
-        self.width, self.card = self.network.num_features, Card(name, "as its publisher states", "unstated", "timm")
+        self.card = Card(name, "as its publisher states", "unstated", "timm")
         self.freeze()
+        self.width = self(torch.zeros(1, 3, *self.size)).shape[1]
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -326,13 +333,6 @@ def _projection(path: Path) -> nn.Sequential:
     return model
 
 
-def _plain(weights: str | os.PathLike, name: str) -> Path:
-    path = given_file(weights, f"teacher timm:{name}", "the model's .safetensors file")
-    if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: timm teachers are read from .safetensors files; convert it")
-    return path
-
-
 def _import(module: str, purpose: str):
     """`require`, also where the package fails on something else it needs (timm without a working torchvision)."""
     try:
@@ -342,7 +342,7 @@ def _import(module: str, purpose: str):
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -6,6 +6,7 @@ import builtins
 import importlib.util
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -133,6 +134,62 @@ def test_a_vision_model_of_hugging_face_is_fed_as_its_preprocessor_says(kind, tm
     torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-5)
     assert teacher.width == expected.shape[1] and teacher(torch.rand(1, 3, 80, 48)).isfinite().all()
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def timm_of_two_functions() -> types.ModuleType:
+    """What the teacher asks of timm, for where its torchvision does not import: a head that is there with classes."""
+
+    class Network(torch.nn.Sequential):
+        def __init__(self, classes: int):
+            super().__init__()
+            self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 16, 16), torch.nn.AdaptiveAvgPool2d(1))
+            self.flatten = torch.nn.Flatten()
+            self.head = torch.nn.Linear(8, classes) if classes else torch.nn.Identity()
+
+    timm = types.ModuleType("timm")
+    timm.create_model = lambda name, num_classes=1000, pretrained=False: Network(num_classes)
+    config = {"input_size": (3, 48, 48), "interpolation": "lanczos", "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.4, 0.25)}
+    timm.data = types.SimpleNamespace(resolve_model_data_config=lambda network: config)
+    return timm
+
+
+@pytest.fixture(params=["stand-in", "resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+def timm_model(request, tmp_path, monkeypatch):
+    """(timm, a name, its whole network in evaluation mode, the file of its weights with the classifier)"""
+    if request.param == "stand-in":
+        timm = timm_of_two_functions()
+        monkeypatch.setitem(sys.modules, "timm", timm)
+    else:
+        timm = pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
+    torch.manual_seed(0)
+    network = timm.create_model(request.param)
+    save_file(network.state_dict() | {"unused_index": torch.zeros(1)}, tmp_path / "model.safetensors")
+    return timm, request.param, network.eval(), tmp_path / "model.safetensors"
+
+
+def test_a_model_of_timm_gives_what_its_classifier_sees_of_normalised_pictures(timm_model):
+    """Equal to the whole network's own input of its classifier, from a file that has the classifier."""
+    timm, name, network, path = timm_model
+    teacher = load_vision(f"timm:{name}", path)
+    config = timm.data.resolve_model_data_config(network)
+    images = torch.rand(2, 3, *config["input_size"][1:]) * 2 - 1
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    seen = []
+    classifier = [part for part in network.modules() if isinstance(part, torch.nn.Linear)][-1]
+    classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(((images + 1) / 2 - mean) / std)
+    torch.testing.assert_close(teacher(images), seen[0], rtol=1e-4, atol=1e-5)
+    assert teacher.width == seen[0].shape[1] and teacher(torch.rand(1, 3, 80, 48)).isfinite().all()
+
+
+def test_a_file_that_is_not_of_that_model_of_timm_is_refused(timm_model):
+    _, name, network, path = timm_model
+    state = network.state_dict()
+    first = next(iter(state))
+    save_file({key: value for key, value in state.items() if key != first}, path)
+    with pytest.raises(BadInputError, match=f"weights do not fit timm's {name}: missing {first}"):
+        load_vision(f"timm:{name}", path)
 
 
 # ---- text --------------------------------------------------------------------------------------------------
