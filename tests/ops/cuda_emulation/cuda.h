@@ -19,16 +19,17 @@ struct CUtensorMap {
 };
 
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* start,
-                                       const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
-                                       const cuuint32_t* step, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+                                       const cuuint64_t* size, const cuuint64_t* stride,
+                                       const cuuint32_t* box, const cuuint32_t* step, CUtensorMapInterleave,
+                                       CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
     bool valid = rank == 4 && reinterpret_cast<uintptr_t>(start) % 16 == 0 && box[0] * 2 <= 128;
     map->start = static_cast<const unsigned char*>(start);
     for (int i = 0; i < 4; ++i) {
         map->size[i] = size[i];
         map->stride[i] = i == 0 ? 2 : stride[i - 1];
         map->box[i] = box[i];
-        valid = valid && size[i] > 0 && size[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 && step[i] == 1;
+        valid = valid && size[i] > 0 && size[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 &&
+                step[i] == 1;
         if (i == 0) continue;
         valid = valid && map->stride[i] % 16 == 0 && map->stride[i] < uint64_t{1} << 40;
         valid = valid && map->stride[i] % map->stride[i - 1] == 0;
@@ -38,7 +39,10 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
 }
 
 // Of the runtime, by which the driver's functions are found.
-enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+enum cudaDriverEntryPointQueryResult {
+    cudaDriverEntryPointSuccess = 0,
+    cudaDriverEntryPointSymbolNotFound = 1
+};
 constexpr unsigned long long cudaEnableDefault = 0;
 
 template <class Status = cudaError_t>

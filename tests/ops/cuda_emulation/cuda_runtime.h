@@ -67,7 +67,8 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 namespace emulation {
-inline int multiprocessors = 2, block_shared = 227 * 1024, multiprocessor_shared = 228 * 1024, architecture = 80;
+inline int multiprocessors = 2, block_shared = 227 * 1024, multiprocessor_shared = 228 * 1024,
+           architecture = 80;
 constexpr int kSharedBytes = 227 * 1024;
 alignas(128) inline unsigned char shared[kSharedBytes + 128];
 }  // namespace emulation
@@ -113,7 +114,8 @@ struct Block {
     Barrier all;
     std::vector<Barrier> warps, warpgroups;
     std::vector<std::vector<unsigned char>> slots;
-    std::vector<std::vector<std::pair<void*, const void*>>> copies;  // begun by each thread, not waited for yet
+    std::vector<std::vector<std::pair<void*, const void*>>>
+        copies;  // begun by each thread, not waited for yet
     int total = 0;
     std::function<void()> body;
 };
@@ -220,7 +222,8 @@ inline void read(int lane, void* value, size_t bytes) {
 // The same, in place.
 template <class T>
 const T* slot(int lane) {
-    return reinterpret_cast<const T*>(block->slots[block->current / 32 * 32 + static_cast<unsigned>(lane)].data());
+    return reinterpret_cast<const T*>(
+        block->slots[block->current / 32 * 32 + static_cast<unsigned>(lane)].data());
 }
 
 inline void release() {

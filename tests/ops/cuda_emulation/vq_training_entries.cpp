@@ -41,23 +41,23 @@ Codebook make(const void* data, int type, const int64_t* size) {
 
 // size: rows, groups, codes, width. Each returns the bytes written beyond its scratch memory.
 
-extern "C" int cuda_quantize(const int64_t* size, int type, const void* x, const int64_t* xs, const void* codebook,
-                             const unsigned char* mask, int metric, double commitment, double code_weight, void* z,
-                             int64_t* ids, float* loss, int64_t* counts) {
+extern "C" int cuda_quantize(const int64_t* size, int type, const void* x, const int64_t* xs,
+                             const void* codebook, const unsigned char* mask, int metric, double commitment,
+                             double code_weight, void* z, int64_t* ids, float* loss, int64_t* counts) {
     const Codebook book = make(codebook, type, size);
     Scratch packed(packed_layout(size[1], size[2], size[3]).total_bytes);
     Scratch scratch(quantize_scratch_bytes(size[0], size[1], size[2], size[3]));
     vq_pack_cuda(book, static_cast<Metric>(metric), packed.data(), 0, nullptr);
-    const AssignParams assign{x,     book.type, size[0],       xs[0],                       xs[1],
-                              xs[2], book,      packed.data(), static_cast<Metric>(metric), ids};
+    const AssignParams assign{
+        x, book.type, size[0], xs[0], xs[1], xs[2], book, packed.data(), static_cast<Metric>(metric), ids};
     vq_quantize_cuda({assign, mask, 1, commitment, code_weight, z, loss, counts, scratch.data()}, 0, nullptr);
     return scratch.overrun() + packed.overrun();
 }
 
-extern "C" int cuda_backward(const int64_t* size, int type, const void* grad_z, const float* grad_loss, const void* x,
-                             const int64_t* xs, const void* codebook, const int64_t* ids, const unsigned char* mask,
-                             int metric, double commitment, double code_weight, int rotation, void* grad_x,
-                             void* grad_codebook) {
+extern "C" int cuda_backward(const int64_t* size, int type, const void* grad_z, const float* grad_loss,
+                             const void* x, const int64_t* xs, const void* codebook, const int64_t* ids,
+                             const unsigned char* mask, int metric, double commitment, double code_weight,
+                             int rotation, void* grad_x, void* grad_codebook) {
     Scratch scratch(backward_scratch_bytes(size[0], size[1], size[2], size[3]));
     const int64_t row = size[1] * size[3];
     vq_quantize_backward_cuda({grad_z,
