@@ -13,13 +13,13 @@
 //   at_least(a, b)                bit i set where a[i] >= b[i]; false for NaN
 //   largest(a)                    the largest element
 // and on x86 what the other kernels need: sub, div, min, abs, round, scale, copy_sign, where_less, sum_of, transpose.
-// A file with an int16 kernel defines IVec of kWidth int32 or 2 kWidth int16:
+// A file with an integer kernel defines IVec, kWidth words of 32 bits, each an int32, two int16 or four int8:
 //   load_int(p), store_int(p, v)  unaligned access
-//   fill_int(a), fill_pair(p)     the same int32, or the same two int16 from memory, everywhere
-//   dot_pairs(a, b)               a[2i] b[2i] + a[2i+1] b[2i+1]
-//   add_dot_pairs(sum, a, b)      the same added to `sum`
-//   max_int(a, b), largest_int(a)
-//   above(a, b)                   bit i set where a[i] > b[i]
+//   fill_int(a)                   the same word everywhere
+//   max_int(a, b), largest_int(a) of int32
+//   above(a, b)                   bit i set where a[i] > b[i], of int32
+//   Pairs                         first(a, b): a[2i] b[2i] + a[2i+1] b[2i+1] of int16; add(sum, a, b): added to `sum`
+//   Quads                         the same of four int8 in a and four uint8 in b, where there is an instruction
 #pragma once
 
 #include <cstdint>

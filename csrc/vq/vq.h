@@ -57,14 +57,19 @@ struct LookupParams {
 //   reach   float (T)              largest radius of the tile
 //   norm    double (codes)         canonical max(|c|, 1e-12); NaN marks a code that is never chosen
 //   int16   int16 (T, pairs, 32, 2)  the filter codes once more, scaled to 16 bits, without gaps; pairs of columns
-//   slot    int32 (T, 32)          which code stands there, rising
+//   slot    int32 (T, 32)          which code stands there and in the next part, rising
+//   int8    uint8 (T8, quads, 32, 4)  cosine: the same scaled to 8 bits, plus 128, four columns each; T8 is T rounded up
+//           to groups of 8 tiles, and what stands at 16 l + p of a group in the int16 part stands here at 16 p + l
 // The filter does not look for codes with a NaN or infinity, for padding, nor for exact copies of an earlier
-// code. The last two parts have room for widths kInt16Narrowest..kInt16Widest only, are read by CPU only, and hold
-// something where int16_codes > 0 (vq_filter.h says when; beyond 32 columns only where the instruction set reads them).
+// code. The last three parts have room for widths kIntegerNarrowest..kInt16Widest (the last: kInt8Widest) only, are read
+// by CPU only, and hold something where int16_codes > 0 (the last: int8_reach > 0). vq_filter.h says when; int8, and
+// int16 beyond 32 columns, only where the instruction set reads them.
 
 constexpr int64_t kTileCodes = 32;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kInt16Narrowest = 3, kInt16Widest = 2048;  // widths with an int16 part
+constexpr int64_t kIntegerNarrowest = 3, kInt16Widest = 2048, kInt8Widest = 32;
+constexpr int64_t kGroupTiles = 8, kGroupCodes = kGroupTiles * kTileCodes;
+constexpr int64_t kInt8MostCodes = 16384;
 
 struct PackedHeader {
     uint64_t magic;
@@ -77,14 +82,15 @@ struct PackedGroup {
     int64_t unsafe;           // codes so long or short that the float filter cannot be trusted
     int64_t int16_codes = 0;  // codes in the int16 part, 0 where it is not used
     double last_column = 0;   // l2: what the int16 filter appends to x; 0 for cosine
+    double int8_reach = 0;    // the largest sum of the magnitudes of a code before it was rounded to 8 bits
 };
 
 constexpr uint64_t kPackedMagic = 0x3276716b6f746964ull;
 
 struct PackedLayout {
-    int64_t tiles;                                                             // per group
-    size_t group_bytes, total_bytes;                                           // of a group, of everything
-    size_t tile_at, bias_at, radius_at, reach_at, norm_at, int16_at, slot_at;  // within a group
+    int64_t tiles;                    // per group
+    size_t group_bytes, total_bytes;  // of a group, of everything
+    size_t tile_at, bias_at, radius_at, reach_at, norm_at, int16_at, slot_at, int8_at;  // within a group
 };
 
 MEDITOK_HD inline size_t align_up(size_t bytes) {
@@ -94,6 +100,10 @@ MEDITOK_HD inline size_t align_up(size_t bytes) {
 // Pairs of columns of the int16 part; l2 has one column more than the codebook (vq_filter.h).
 MEDITOK_HD inline int64_t int16_pairs(int64_t width, Metric metric) {
     return (width + (metric == Metric::kL2 ? 2 : 1)) / 2;
+}
+
+MEDITOK_HD inline int64_t int8_quads(int64_t width) {
+    return (width + 3) / 4;
 }
 
 MEDITOK_HD inline PackedLayout packed_layout(int64_t groups, int64_t codes, int64_t width) {
@@ -106,10 +116,14 @@ MEDITOK_HD inline PackedLayout packed_layout(int64_t groups, int64_t codes, int6
     layout.reach_at = layout.radius_at + align_up(padded_codes * sizeof(float));
     layout.norm_at = layout.reach_at + align_up(static_cast<size_t>(layout.tiles) * sizeof(float));
     layout.int16_at = layout.norm_at + align_up(static_cast<size_t>(codes) * sizeof(double));
-    const size_t slots = width >= kInt16Narrowest && width <= kInt16Widest ? padded_codes : 0;
+    const size_t slots = width >= kIntegerNarrowest && width <= kInt16Widest ? padded_codes : 0;
     const size_t pairs = static_cast<size_t>(int16_pairs(width, Metric::kL2));
+    const size_t quads =
+        width <= kInt8Widest && codes <= kInt8MostCodes ? static_cast<size_t>(int8_quads(width)) : 0;
     layout.slot_at = layout.int16_at + align_up(slots * pairs * 2 * sizeof(int16_t));
-    layout.group_bytes = layout.slot_at + align_up(slots * sizeof(int32_t));
+    layout.int8_at = layout.slot_at + align_up(slots * sizeof(int32_t));
+    const size_t slots8 = (slots + kGroupCodes - 1) / kGroupCodes * kGroupCodes;
+    layout.group_bytes = layout.int8_at + align_up(slots8 * quads * 4);
     layout.total_bytes = align_up(sizeof(PackedHeader)) + static_cast<size_t>(groups) * layout.group_bytes;
     return layout;
 }
@@ -124,6 +138,7 @@ struct PackedView {
     const double* norm;    // (codes)
     const int16_t* int16;  // (T, pairs, 32, 2)
     const int32_t* slot;   // (T, 32)
+    const uint8_t* int8;   // (T8, quads, 32, 4)
 };
 
 MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const PackedLayout& layout,
@@ -139,6 +154,7 @@ MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const Pack
     view.norm = reinterpret_cast<const double*>(base + layout.norm_at);
     view.int16 = reinterpret_cast<const int16_t*>(base + layout.int16_at);
     view.slot = reinterpret_cast<const int32_t*>(base + layout.slot_at);
+    view.int8 = base + layout.int8_at;
     return view;
 }
 

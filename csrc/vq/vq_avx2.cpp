@@ -28,12 +28,6 @@ MEDITOK_INLINE void store_int(int32_t* p, IVec v) {
 MEDITOK_INLINE IVec fill_int(int32_t a) {
     return _mm256_set1_epi32(a);
 }
-MEDITOK_INLINE IVec dot_pairs(IVec a, IVec b) {
-    return _mm256_madd_epi16(a, b);
-}
-MEDITOK_INLINE IVec add_dot_pairs(IVec sum, IVec a, IVec b) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-}
 MEDITOK_INLINE IVec max_int(IVec a, IVec b) {
     return _mm256_max_epi32(a, b);
 }
@@ -46,13 +40,18 @@ MEDITOK_INLINE int32_t largest_int(IVec a) {
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
 
+struct Pairs {
+    static MEDITOK_INLINE IVec first(IVec a, IVec b) { return _mm256_madd_epi16(a, b); }
+    static MEDITOK_INLINE IVec add(IVec sum, IVec a, IVec b) { return _mm256_add_epi32(sum, first(a, b)); }
+};
+
 #include "vq/vq_simd.inl.h"
-#include "vq/vq_simd_int16.inl.h"
+#include "vq/vq_simd_integer.inl.h"
 
 }  // namespace
 
 FilterKernel filter_avx2() {
-    return FilterKernel{run_filter, run_int16, kWidth, kRows};
+    return FilterKernel{run_filter, run_integer<Pairs>, nullptr, kWidth, kRows};
 }
 
 }  // namespace meditok

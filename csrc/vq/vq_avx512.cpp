@@ -14,17 +14,18 @@ namespace {
 
 #include "vq/vq_simd_avx512.inl.h"
 
-MEDITOK_INLINE IVec add_dot_pairs(IVec sum, IVec a, IVec b) {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-}
+struct Pairs {
+    static MEDITOK_INLINE IVec first(IVec a, IVec b) { return _mm512_madd_epi16(a, b); }
+    static MEDITOK_INLINE IVec add(IVec sum, IVec a, IVec b) { return _mm512_add_epi32(sum, first(a, b)); }
+};
 
 #include "vq/vq_simd.inl.h"
-#include "vq/vq_simd_int16.inl.h"
+#include "vq/vq_simd_integer.inl.h"
 
 }  // namespace
 
 FilterKernel filter_avx512() {
-    return FilterKernel{run_filter, run_int16, kWidth, kRows};
+    return FilterKernel{run_filter, run_integer<Pairs>, nullptr, kWidth, kRows};
 }
 
 }  // namespace meditok

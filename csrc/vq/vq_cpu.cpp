@@ -3,6 +3,7 @@
 
 #include "vq/vq_cpu.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -32,7 +33,9 @@ FilterKernel choose_filter() {
 #if defined(MEDITOK_HAVE_NEON)
         case Isa::kNeon: return filter_neon();
 #endif
-        default: return FilterKernel{nullptr, nullptr, 1, 1};  // scalar: the canonical loop over all codes
+        default:
+            return FilterKernel{nullptr, nullptr, nullptr, 1,
+                                1};  // scalar: the canonical loop over all codes
     }
 }
 
@@ -51,14 +54,20 @@ Chunks int16_chunks(int64_t tiles) {
     return {chunk, (tiles + chunk - 1) / chunk};
 }
 
+Chunks int8_chunks(int64_t tiles) {
+    return {kGroupTiles, (tiles + kGroupTiles - 1) / kGroupTiles};
+}
+
 struct Plan {
     FilterKernel kernel;
     PackedLayout layout;
     int64_t chunk_tiles, chunks, float_rows;  // of the float32 filter, which takes so many rows at once
     int64_t block_rows, blocks;
-    bool int16;  // whether codebooks of this width have an int16 part and the kernel reads it
-    // A participant's scratch: one row in float64, the largest radius of each chunk, rows, rows in 16 bits, maxima.
-    size_t reach_at, x_at, x16_at, lanes_at, scratch_bytes;
+    bool int16, int8;  // whether codebooks of this width have such a part and the kernel reads it
+    int64_t words16, words8;
+    // A participant's scratch: one row in float64, the largest radius of each chunk, rows, rows in 16 bits for either
+    // filter and in 8 bits, maxima.
+    size_t reach_at, x_at, x16_at, x8_at, lanes_at, scratch_bytes;
 };
 
 Plan make_plan(const AssignParams& params) {
@@ -66,7 +75,12 @@ Plan make_plan(const AssignParams& params) {
     Plan plan;
     plan.kernel = choose_filter();
     plan.layout = packed_layout(params.codebook.groups, params.codebook.codes, width);
-    plan.int16 = plan.kernel.run_int16 != nullptr && width >= kInt16Narrowest && width <= kInt16Widest;
+    const bool integer = width >= kIntegerNarrowest;
+    plan.int16 = integer && plan.kernel.run_int16 != nullptr && width <= kInt16Widest;
+    plan.int8 = integer && plan.kernel.run_int8 != nullptr && width <= kInt8Widest &&
+                params.codebook.codes <= kInt8MostCodes;
+    plan.words16 = plan.int16 ? int16_pairs(width, params.metric) : 0;
+    plan.words8 = plan.int8 ? int8_quads(width) : 0;
     const int64_t tiles = plan.layout.tiles > 0 ? plan.layout.tiles : 1;
     plan.chunk_tiles = (tiles + kMaxChunks - 1) / kMaxChunks;
     plan.chunks = (tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
@@ -79,13 +93,15 @@ Plan make_plan(const AssignParams& params) {
     };
     plan.float_rows = rows_of(plan.chunks);
     plan.block_rows = plan.int16 ? rows_of(int16_chunks(tiles).count) : plan.float_rows;
+    if (plan.int8) plan.block_rows = std::min(plan.block_rows, rows_of(int8_chunks(tiles).count));
     plan.blocks = (params.rows + plan.block_rows - 1) / plan.block_rows;
     const auto bytes = [](int64_t count, size_t size) { return align_up(static_cast<size_t>(count) * size); };
-    const int64_t pairs = plan.int16 ? int16_pairs(width, params.metric) : 0;
     plan.reach_at = bytes(width, sizeof(double));
     plan.x_at = plan.reach_at + bytes(kMaxChunks, sizeof(float));
     plan.x16_at = plan.x_at + bytes(plan.block_rows * width, sizeof(float));
-    plan.lanes_at = plan.x16_at + bytes(plan.block_rows * pairs * 2, sizeof(int16_t));
+    plan.x8_at = plan.x16_at + bytes(plan.block_rows * plan.words16, sizeof(int32_t));
+    const int64_t words8 = plan.words8 > 0 ? plan.words8 + plan.words16 : 0;
+    plan.lanes_at = plan.x8_at + bytes(plan.block_rows * words8, sizeof(int32_t));
     plan.scratch_bytes = plan.lanes_at + align_up(kLaneWords * sizeof(float)) +
                          bytes(plan.kernel.row_tile * plan.chunks * plan.kernel.width, sizeof(float));
     return plan;
@@ -105,12 +121,11 @@ class BlockSearch {
           wide_(reinterpret_cast<double*>(scratch)),
           reach_(reinterpret_cast<float*>(scratch + plan.reach_at)),
           x_(reinterpret_cast<float*>(scratch + plan.x_at)),
-          x16_(reinterpret_cast<int16_t*>(scratch + plan.x16_at)),
           lanes_(scratch + plan.lanes_at),
-          pairs_(int16_pairs(params.codebook.width, params.metric)) {}
+          int16_{reinterpret_cast<int32_t*>(scratch + plan.x16_at), plan.words16, 0, {}, {}},
+          int8_{reinterpret_cast<int32_t*>(scratch + plan.x8_at), plan.words8, 0, {}, {}} {}
 
     void run(int64_t begin, int64_t end) {
-        const bool int16 = plan_.int16 && view_.group->int16_codes > 0;
         for_dtype(params_.x_type, [&](auto element) {
             using T = decltype(element);
             for (int64_t row = begin; row < end; ++row) {
@@ -118,15 +133,24 @@ class BlockSearch {
                     id(row) = -1;
                     continue;
                 }
-                const double square = widen<T>(row);
-                if (!(int16 && prepare_int16(row, square))) prepare(row);
+                square_ = widen<T>(row);
+                if (!prepare_int8(row) && !prepare_int16(row)) prepare(row);
             }
         });
-        if (int16_count_ > 0) run_int16();
+        if (int8_.count > 0) run_int8();
+        if (int16_.count > 0) run_int16();
         if (count_ > 0) run_float();
     }
 
   private:
+    // Rows on their way through an integer filter.
+    struct IntegerRows {
+        int32_t* x;  // (count, words)
+        int64_t words, count;
+        int64_t row[kMaxBlockRows];
+        int32_t band[kMaxBlockRows];
+    };
+
     // Reads a row as float64 into wide_ and returns the sum of its squares.
     template <class T>
     double widen(int64_t row) {
@@ -149,7 +173,7 @@ class BlockSearch {
 
     void widen_again(int64_t row) {
         if (wide_row_ == row) return;
-        for_dtype(params_.x_type, [&](auto element) { widen<decltype(element)>(row); });
+        for_dtype(params_.x_type, [&](auto element) { square_ = widen<decltype(element)>(row); });
     }
 
     int64_t& id(int64_t row) { return params_.ids[row * params_.codebook.groups + group_]; }
@@ -159,21 +183,57 @@ class BlockSearch {
         return score_code(params_.codebook, group_, code, view_.norm[code], params_.metric, wide_);
     }
 
-    // Rounds the row in wide_ to 16 bits; false where it is not for the int16 filter.
-    bool prepare_int16(int64_t row, double square) {
+    // Whether the squares of the row in wide_ neither overflow nor vanish, so that it can be scaled for cosine.
+    bool scalable() const {
         constexpr double kSmallest = 1.1830521861667747e-271,
                          kLargest = 8.452712498170644e+270;  // 2^-900, 2^900
-        const bool cosine = params_.metric == Metric::kCosine;
-        const double last = view_.group->last_column, longest = kInt16LongestX * last;
-        if (!(cosine ? square > kSmallest && square < kLargest : square <= longest * longest)) return false;
-        const double scale = kInt16Length / std::sqrt(square + last * last);
+        return square_ > kSmallest && square_ < kLargest;
+    }
+
+    // Rounds the row in wide_ to 8 and to 16 bits; false where it is not for the int8 filter.
+    bool prepare_int8(int64_t row) {
+        const double reach = view_.group->int8_reach;
+        if (!plan_.int8 || !(reach > 0.0) || !scalable()) return false;
         const int64_t width = params_.codebook.width;
-        int16_t* x = x16_ + int16_count_ * pairs_ * 2;
-        x[pairs_ * 2 - 1] = 0;  // the column after an odd number of them
-        for (int64_t i = 0; i < width; ++i) x[i] = round_to_int16(wide_[i] * scale);
-        if (!cosine) x[width] = round_to_int16(last * scale);
-        int16_rows_[int16_count_++] = row;
+        double largest = 0.0, sum = 0.0;
+        for (int64_t i = 0; i < width; ++i) {
+            const double magnitude = std::fabs(wide_[i]);
+            largest = magnitude > largest ? magnitude : largest;
+            sum += magnitude;
+        }
+        const double scale = kInt8Length / largest;
+        int32_t* words = int8_.x + int8_.count * int8_.words;
+        words[int8_.words - 1] = 0;  // the columns after the last
+        int8_t* x = reinterpret_cast<int8_t*>(words);
+        for (int64_t i = 0; i < width; ++i) x[i] = static_cast<int8_t>(round_to_int16(wide_[i] * scale));
+        round_int16(int8_.x + plan_.block_rows * int8_.words + int8_.count * int16_.words);
+        int8_.band[int8_.count] = int8_band(sum * scale, reach, width);
+        int8_.row[int8_.count++] = row;
         return true;
+    }
+
+    // Rounds the row in wide_ to 16 bits; false where it is not for the int16 filter.
+    bool prepare_int16(int64_t row) {
+        const double longest = kInt16LongestX * view_.group->last_column;
+        if (!plan_.int16 || view_.group->int16_codes == 0) return false;
+        if (!(params_.metric == Metric::kCosine ? scalable() : square_ <= longest * longest)) return false;
+        round_int16(int16_.x + int16_.count * int16_.words);
+        int16_.band[int16_.count] = band16();
+        int16_.row[int16_.count++] = row;
+        return true;
+    }
+
+    void round_int16(int32_t* words) const {
+        const double last = view_.group->last_column, scale = kInt16Length / std::sqrt(square_ + last * last);
+        const int64_t width = params_.codebook.width;
+        words[int16_.words - 1] = 0;  // the column after an odd number of them
+        int16_t* x = reinterpret_cast<int16_t*>(words);
+        for (int64_t i = 0; i < width; ++i) x[i] = round_to_int16(wide_[i] * scale);
+        if (params_.metric == Metric::kL2) x[width] = round_to_int16(last * scale);
+    }
+
+    int32_t band16() const {
+        return int16_band(params_.codebook.width + (params_.metric == Metric::kL2 ? 1 : 0));
     }
 
     // Decides what happens to the row in wide_ and, for the filter, writes it as float32 with a bound of its norm.
@@ -219,29 +279,60 @@ class BlockSearch {
         rows_[count_++] = Row{row, 0, Best{}};
     }
 
-    void run_int16() {
-        const int64_t codes = view_.group->int16_codes, tiles = (codes + kTileCodes - 1) / kTileCodes;
-        const Chunks chunks = int16_chunks(tiles);
-        const int64_t columns = params_.codebook.width + (params_.metric == Metric::kL2 ? 1 : 0);
-        plan_.kernel.run_int16({x16_, int16_count_, pairs_, view_.int16, view_.slot, codes, tiles,
-                                chunks.tiles, chunks.count, int16_band(columns),
-                                reinterpret_cast<int32_t*>(lanes_), found_int16, this});
+    IntegerBlock integer_block(const IntegerRows& rows, const void* codes_at, const Chunks& chunks) {
+        IntegerBlock block;
+        block.x = rows.x;
+        block.band = rows.band;
+        block.rows = rows.count;
+        block.words = rows.words;
+        block.tiles = static_cast<const int32_t*>(codes_at);
+        block.slot = view_.slot;
+        block.codes = view_.group->int16_codes;
+        block.tile_count = tiles_of(block.codes);
+        block.chunk_tiles = chunks.tiles;
+        block.chunks = chunks.count;
+        block.lanes = reinterpret_cast<int32_t*>(lanes_);
+        block.context = this;
+        return block;
     }
 
-    // What the int16 filter leaves of a row: its only code, a few to score, or too many.
-    static void found_int16(void* context, int64_t slot, const int32_t* codes, int64_t count) {
-        BlockSearch& self = *static_cast<BlockSearch*>(context);
-        const int64_t row = self.int16_rows_[slot];
-        if (count == 1) {
-            self.id(row) = codes[0];
-        } else if (count <= kInt16Candidates) {
-            Best best;
-            for (int64_t i = 0; i < count; ++i) best.consider(self.score(row, codes[i]), codes[i]);
-            self.id(row) = best.code;
-        } else {
+    static int64_t tiles_of(int64_t codes) { return (codes + kTileCodes - 1) / kTileCodes; }
+
+    void run_int8() {
+        IntegerBlock filter =
+            integer_block(int8_, view_.int8, int8_chunks(tiles_of(view_.group->int16_codes)));
+        filter.found = [](void* context, int64_t slot, const int32_t* codes, int64_t count) {
+            BlockSearch& self = *static_cast<BlockSearch*>(context);
+            const int64_t row = self.int8_.row[slot];
+            if (self.settle(row, codes, count)) return;
+            self.widen_again(row);
+            self.prepare_int16(row);
+        };
+        plan_.kernel.run_int8({filter, int8_.x + plan_.block_rows * int8_.words,
+                               reinterpret_cast<const int32_t*>(view_.int16), int16_.words, band16()});
+    }
+
+    void run_int16() {
+        IntegerBlock block =
+            integer_block(int16_, view_.int16, int16_chunks(tiles_of(view_.group->int16_codes)));
+        block.found = [](void* context, int64_t slot, const int32_t* codes, int64_t count) {
+            BlockSearch& self = *static_cast<BlockSearch*>(context);
+            const int64_t row = self.int16_.row[slot];
+            if (self.settle(row, codes, count)) return;
             self.widen_again(row);
             self.prepare(row);
-        }
+        };
+        plan_.kernel.run_int16(block);
+    }
+
+    // What an integer filter leaves of a row: its only code, a few to score, or too many (false).
+    bool settle(int64_t row, const int32_t* codes, int64_t count) {
+        if (count > kIntegerCandidates) return false;
+        Best best;
+        if (count == 1) best.code = codes[0];
+        for (int64_t i = 0; i < count && count > 1; ++i) best.consider(score(row, codes[i]), codes[i]);
+        id(row) = best.code;
+        return true;
     }
 
     void run_float() {
@@ -282,13 +373,12 @@ class BlockSearch {
     double* const wide_;  // scratch: the row last widened
     float* const reach_;
     float* const x_;
-    int16_t* const x16_;
     unsigned char* const lanes_;
-    const int64_t pairs_;
+    IntegerRows int16_, int8_;
+    double square_ = 0.0;  // of the row in wide_
     int64_t wide_row_ = -1;
-    int64_t int16_count_ = 0, count_ = 0;  // rows in either filter
-    int64_t float_begin_ = 0;              // the first of those that are in the float32 filter now
-    int64_t int16_rows_[kMaxBlockRows];
+    int64_t count_ = 0;        // rows for the float32 filter
+    int64_t float_begin_ = 0;  // the first of those that are in it now
     float x_norm_[kMaxBlockRows];
     Row rows_[kMaxBlockRows];
 };
@@ -324,6 +414,10 @@ void assign_blocks(const AssignParams& params, const AssignHook& hook, int threa
         }
         if (hook.after != nullptr) hook.after(hook.context, participant, group, begin, end);
     });
+}
+
+bool reads_int8() {
+    return choose_filter().run_int8 != nullptr;
 }
 
 void vq_assign_cpu(const AssignParams& params, int threads) {

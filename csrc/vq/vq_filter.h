@@ -33,6 +33,20 @@
 // it out (l2, and cosine beyond 32 columns) where M^2 > int16_spread times the mean squared distance of the filter codes
 // from their mean. Scores of D columns spread by about |x| sqrt(distance / D), of which the band shall be 0.3 at most.
 //
+// The int8 filter (CPU, cosine, widths 3 to 32) stands before the int16 one: twice the columns an instruction. What it
+// leaves is looked at in 16 bits, with the band above, among the codes that share a lane with one in its own band.
+// a = s x with the largest |a_i| of the row 127, b = 127 c/|c|; A and B are their nearest integers, and B + 128, which is
+// not negative, stands for B:
+//   - that adds 128 times the sum of A to each F of a row, and changes no comparison within it;
+//   - |F - a.b| <= (|a|_1 + |b|_1) / 2 + D / 4, and rounding in float64, of a and b and of the canonical score, adds
+//     less than 1e-6: 2 E = |a|_1 + largest |b|_1 of the group + D / 2 + 1.
+// A row with too many codes in its band goes on to the int16 filter. On a sphere of D dimensions the codes at a distance
+// below r of a row are about the share cap r^(D-1), cap = Gamma(D/2) / (sqrt(pi) (D-1) Gamma((D-1)/2)). If the nearest of
+// K has the square distance q = (K cap)^(-2/(D-1)), those in a band of width w below its score 1 - q/2 number
+// (1 + 2 w / q)^((D-1)/2). w = sqrt(D) / 95 was measured; q is smaller by the mean squared distance of the codes from
+// their mean, should they not fill the sphere. Packing leaves the int8 part out where looking at so many codes would
+// cost more than the products that are saved.
+//
 // Cosine does not depend on the length of x, so x is scaled by a power of two until its largest element lies in
 // [0.5, 1). Vectors or codes outside the ranges below take the canonical loop over all codes instead.
 #pragma once
@@ -72,12 +86,31 @@ MEDITOK_HD inline Bound make_bound(int64_t width) {
 constexpr double kInt16Length = 32764.0;
 constexpr double kInt16LongestX = 1024.0;                      // of M
 constexpr double kInt16SmallestNorm = 3.872591914849318e-121;  // 2^-400 <= M: no square underflows
-constexpr int64_t kInt16Candidates = 16;                       // about the cost of the filter itself
+constexpr double kInt8Length = 127.0;                          // of the longest column
+constexpr double kInt8Look = 40.0;  // what a code in the band costs, in products of words and 16 codes
+constexpr int64_t kIntegerCandidates = 16;  // about the cost of a filter itself
 
 // 2 E
 inline int32_t int16_band(int64_t columns) {
     const double terms = static_cast<double>(columns);
     return 2 * static_cast<int32_t>(kInt16Length * sqrt(terms) + 0.25 * terms + 196.0);
+}
+
+// 2 E of the int8 filter
+inline int32_t int8_band(double x_reach, double code_reach, int64_t width) {
+    return static_cast<int32_t>(x_reach + code_reach + 0.5 * static_cast<double>(width) + 1.0);
+}
+
+// `spread`: the mean squared distance of the codes from their mean.
+inline bool int8_pays(int64_t codes, int64_t width, double spread) {
+    const double columns = static_cast<double>(width), less = columns - 1.0;
+    const double cap = exp(lgamma(0.5 * columns) - lgamma(0.5 * less)) / (1.7724538509055159 * less);
+    const double nearest = spread * pow(static_cast<double>(codes) * cap, -2.0 / less);
+    const double expected = pow(1.0 + sqrt(columns) / 47.5 / nearest, 0.5 * less);
+    const int64_t groups = (codes + kGroupCodes - 1) / kGroupCodes;
+    const int64_t saved =
+        (codes + 15) / 16 * int16_pairs(width, Metric::kCosine) - groups * 16 * int8_quads(width);
+    return expected * kInt8Look < static_cast<double>(saved);
 }
 
 inline double int16_spread(int64_t columns) {

@@ -20,7 +20,7 @@ constexpr int kRows = 8;
 }  // namespace
 
 FilterKernel filter_neon() {
-    return FilterKernel{run_filter, nullptr, kWidth, kRows};
+    return FilterKernel{run_filter, nullptr, nullptr, kWidth, kRows};
 }
 
 }  // namespace meditok

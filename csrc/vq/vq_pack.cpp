@@ -104,8 +104,9 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
                     ++info.unsafe;
                     continue;
                 }
+                const double factor = 1.0 / norm;
                 for (int64_t i = 0; i < width; ++i)
-                    column[i * kTileCodes] = static_cast<float>(row[i] / norm);
+                    column[i * kTileCodes] = static_cast<float>(row[i] * factor);
                 code_bias = 0.0f;
                 code_radius = 1.0f;
             } else {
@@ -126,12 +127,20 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
     }
 }
 
-// The int16 part from the float32 part; leaves it out (int16_codes 0) where its band would be useless.
+// Writes the words of 4 bytes of a code to its place in tiles (T, words, 32).
+template <class Part>
+void put_words(const Part* from, int64_t words, int64_t at, Part* tiles) {
+    constexpr int64_t kPerWord = 4 / sizeof(Part);
+    Part* to = tiles + (at / kTileCodes * words * kTileCodes + at % kTileCodes) * kPerWord;
+    for (int64_t w = 0; w < words; ++w) std::memcpy(to + w * kTileCodes * kPerWord, from + w * kPerWord, 4);
+}
+
+// The int16 and int8 parts; leaves one out (int16_codes 0, int8_reach 0) where its band would be useless.
 template <class T>
-void pack_int16(const Codebook& codebook, Metric metric, const PackedLayout& layout, int64_t group,
-                unsigned char* packed) {
+void pack_integers(const Codebook& codebook, Metric metric, const PackedLayout& layout, int64_t group,
+                   unsigned char* packed) {
     const int64_t width = codebook.width;
-    if (width < kInt16Narrowest || width > kInt16Widest || (width > kSmallWidth && !reads_wide_int16()))
+    if (width < kIntegerNarrowest || width > kInt16Widest || (width > kSmallWidth && !reads_wide_int16()))
         return;
     const T* codes = static_cast<const T*>(codebook.data) + group * codebook.group_stride;
     auto value = [&](int64_t code, int64_t i) {
@@ -162,10 +171,13 @@ void pack_int16(const Codebook& codebook, Metric metric, const PackedLayout& lay
         squares += square;
     }
     longest = std::sqrt(longest);
+    const auto about_mean = [&](double mean_square) {
+        for (const double sum : sums)
+            mean_square -= sum / static_cast<double>(count) * (sum / static_cast<double>(count));
+        return mean_square;
+    };
     if (measured) {
-        const double number = static_cast<double>(count);
-        double spread = squares / number;
-        for (int64_t i = 0; i < width; ++i) spread -= sums[i] / number * (sums[i] / number);
+        const double spread = about_mean(squares / static_cast<double>(count));
         if (!(longest >= kInt16SmallestNorm && longest * longest <= int16_spread(width) * spread)) return;
     }
     double scale = kInt16Length;
@@ -175,22 +187,41 @@ void pack_int16(const Codebook& codebook, Metric metric, const PackedLayout& lay
     }
     info.int16_codes = count;
 
-    const int64_t pairs = int16_pairs(width, metric);
-    for (int64_t at = 0; at < (count + kTileCodes - 1) / kTileCodes * kTileCodes; ++at) {
-        if (at >= count) slot[at] = slot[0];  // fills the last tile up and is never reported
-        const int64_t code = slot[at];
-        int16_t* column = tiles + at / kTileCodes * pairs * kTileCodes * 2 + at % kTileCodes * 2;
-        auto put = [&](int64_t i, double element) {
-            column[i / 2 * kTileCodes * 2 + i % 2] = round_to_int16(element);
-        };
+    const int64_t pairs = int16_pairs(width, metric), quads = int8_quads(width);
+    const bool int8 = cosine && width <= kInt8Widest && codebook.codes <= kInt8MostCodes && reads_int8();
+    const int64_t step = int8 ? kGroupCodes : kTileCodes, end = (count + step - 1) / step * step;
+    std::vector<double> scaled(static_cast<size_t>(width));
+    std::vector<int16_t> row16(static_cast<size_t>(pairs * 2));
+    std::vector<uint8_t> row8(static_cast<size_t>(quads * 4));
+    double reach = 0.0;
+    for (int64_t at = 0; at < end; ++at) {
+        const bool in_tiles = at < layout.tiles * kTileCodes;
+        if (at >= count && in_tiles) slot[at] = slot[0];  // fills the last tile up and is never reported
+        const int64_t code = at < count ? slot[at] : slot[0];
         const double factor = cosine ? scale / view.norm[code] : scale;
-        double square = 0.0;
+        double square = 0.0, magnitudes = 0.0;
         for (int64_t i = 0; i < width; ++i) {
-            put(i, value(code, i) * factor);
-            square += value(code, i) * value(code, i);
+            const double element = value(code, i);
+            square += element * element;
+            scaled[i] = element * factor;
         }
-        if (!cosine) put(width, square / (-2.0 * info.last_column) * scale);
+        if (in_tiles) {
+            for (int64_t i = 0; i < width; ++i) row16[i] = round_to_int16(scaled[i]);
+            if (!cosine) row16[width] = round_to_int16(square / (-2.0 * info.last_column) * scale);
+            put_words(row16.data(), pairs, at, tiles);
+        }
+        if (!int8) continue;
+        for (int64_t i = 0; i < width; ++i) {
+            const double element = scaled[i] * (kInt8Length / kInt16Length);
+            row8[i] = static_cast<uint8_t>(round_to_int16(element) + 128);
+            magnitudes += std::fabs(element);
+        }
+        for (int64_t i = 0; i < width && at < count; ++i) sums[i] += scaled[i] / kInt16Length;
+        const int64_t group_at = at / kGroupCodes * kGroupCodes, lane = at % kGroupCodes / 16, part = at % 16;
+        put_words(row8.data(), quads, group_at + part * 16 + lane, const_cast<uint8_t*>(view.int8));
+        reach = std::max(reach, magnitudes);
     }
+    if (int8 && int8_pays(count, width, about_mean(1.0))) info.int8_reach = reach;
 }
 
 }  // namespace
@@ -205,7 +236,7 @@ void vq_pack_cpu(const Codebook& codebook, Metric metric, unsigned char* packed,
         using T = decltype(element);
         parallel_for(codebook.groups, threads, [&](int, int64_t group) {
             pack_group<T>(codebook, metric, layout, group, packed);
-            pack_int16<T>(codebook, metric, layout, group, packed);
+            pack_integers<T>(codebook, metric, layout, group, packed);
         });
     });
 }

@@ -1,5 +1,5 @@
-// The int16 operations of common/simd.h on 512 bits, for the two files that need them; the including file adds
-// add_dot_pairs, the one that differs between AVX-512 BW and VNNI. One instruction each, so there is nothing to prove.
+// The integer operations of common/simd.h on 512 bits, for the files that need them; the including file adds Pairs,
+// which differs between AVX-512 BW and VNNI. One instruction each, so there is nothing to prove.
 
 #include "common/vector_avx512.inl.h"
 
@@ -16,9 +16,6 @@ MEDITOK_INLINE void store_int(int32_t* p, IVec v) {
 }
 MEDITOK_INLINE IVec fill_int(int32_t a) {
     return _mm512_set1_epi32(a);
-}
-MEDITOK_INLINE IVec dot_pairs(IVec a, IVec b) {
-    return _mm512_madd_epi16(a, b);
 }
 MEDITOK_INLINE IVec max_int(IVec a, IVec b) {
     return _mm512_max_epi32(a, b);

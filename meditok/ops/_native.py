@@ -47,8 +47,10 @@ def packed_bytes(groups: int, codes: int, width: int) -> int:
     per_group = (
         align + padded(tiles * width * 32 * 4) + 2 * padded(tiles * 32 * 4) + padded(tiles * 4) + padded(codes * 8)
     )
-    if 3 <= width <= 2048:  # the int16 part
+    if 3 <= width <= 2048:  # the int16 part and its slots
         per_group += padded(tiles * 32 * ((width + 2) // 2) * 4) + padded(tiles * 32 * 4)
+    if 3 <= width <= 32 and codes <= 16384:  # the int8 part
+        per_group += padded(-(-tiles // 8) * 256 * -(-width // 4) * 4)
     return align + groups * per_group
 
 

@@ -114,25 +114,26 @@ def near_ties(codes: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Te
     return torch.from_numpy(x)[:, None].contiguous(), torch.from_numpy(rows)[None].contiguous()
 
 
-def quantisation_edges(width: int, seed: int, rows: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (N, 1, C) and codebook (1, K, C) on which rounding to 16 bits errs as much as it can.
+def quantisation_edges(width: int, seed: int, rows: int = 48, steps: int = 32764) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, 1, C) and codebook (1, K, C) on which rounding to `steps` of the length errs as much as it can:
+    those of the 16-bit filter, or 127, those of 8 bits.
 
-    Elements are (integer + 1/2) / 32764 of the length, rounded apart by neighbours in one float32 ulp, so that codes
+    Elements are (integer + 1/2) / steps of the length, rounded apart by neighbours in one float32 ulp, so that codes
     which tie after rounding, or swap, differ in truth; single large elements use the whole range.
     """
     generator = np.random.default_rng(seed)
     direction = generator.standard_normal((6, width))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    halves = (np.floor(direction * 32764) + 0.5) / 32764
+    halves = (np.floor(direction * steps) + 0.5) / steps
     offsets = generator.integers(-1, 2, size=(40, 6, width)) * generator.choice(
         [0.0, 0.25, 0.4999, 0.5, 1.0], (40, 6, 1)
     )
-    codes = (halves + offsets / 32764).reshape(-1, width)
+    codes = (halves + offsets / steps).reshape(-1, width)
     single = np.eye(width)[generator.integers(width, size=20)] * generator.choice([-1.0, 1.0], (20, 1))
-    codes = np.concatenate([codes, single, single + 0.5 / 32764, np.ones((1, width)) / np.sqrt(width)])
+    codes = np.concatenate([codes, single, single + 0.5 / steps, np.ones((1, width)) / np.sqrt(width)])
     codes = codes[generator.permutation(len(codes))]
-    near = codes[generator.integers(len(codes), size=rows)] + generator.integers(-1, 2, (rows, width)) * 0.5 / 32764
-    x = np.concatenate([near, near * 32764, near * 1e-3, np.sign(near), single])
+    near = codes[generator.integers(len(codes), size=rows)] + generator.integers(-1, 2, (rows, width)) * 0.5 / steps
+    x = np.concatenate([near, near * steps, near * 1e-3, np.sign(near), single])
     return torch.from_numpy(x.astype(np.float32))[:, None], torch.from_numpy(codes.astype(np.float32))[None]
 
 

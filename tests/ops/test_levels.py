@@ -214,6 +214,10 @@ def test_the_avx512_sources_give_the_same_ids(emulated, metric):
         assert_same_ids(
             emulated(x, codebook, metric), reference.vq_assign(x, codebook, metric=metric), f"edges {width}"
         )
+        x, codebook = quantisation_edges(width, seed=width, steps=127)
+        codebook = torch.cat([codebook, randn(1, 1500, width, seed=1)], dim=1)  # enough for the 8-bit filter
+        expected = reference.vq_assign(x, codebook, metric=metric)
+        assert_same_ids(emulated(x, codebook, metric), expected, f"edges of 8 bits {width}")
     ordinary = randn(40, 1, 8, seed=3)
     x = torch.cat([ordinary, torch.zeros(1, 1, 8), ordinary * 1e20, torch.full((1, 1, 8), torch.nan)])
     for name, codebook in adversarial_codebooks(333, 8).items():
