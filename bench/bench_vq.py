@@ -50,6 +50,7 @@ class Bench:
         cuda = self.device == "cuda"
         self.peak = measured_cuda_peak() if cuda else measured_peak(native.isa or "scalar") * options.threads
         self.main = MAIN[self.device]
+        self.trained = (("cosine", self.main), ("l2", LARGE[0]))
         self.rows: list[dict] = []
         self.curves: dict = {}
 
@@ -138,7 +139,6 @@ class Bench:
             unit = torch.nn.functional.normalize(codebook, dim=-1)
             return unit[torch.arange(groups, device=self.device), ids]
 
-        packed = ops.pack_codebook(codebook, metric="cosine")
         self.compare(
             "vq_lookup", "cosine", self.main, factor=0, runs={
                 "meditok": lambda: ops.vq_lookup(ids, codebook), "torch eager": gather,
@@ -159,17 +159,26 @@ class Bench:
             "pack_codebook", "cosine", self.main, factor=0,
             runs={"meditok": lambda: ops.pack_codebook(codebook, metric="cosine")},
         )  # fmt: skip
+        for metric, shape in self.trained:
+            self._parts_of_training(metric, shape)
+
+    def _parts_of_training(self, metric: str, shape) -> None:
+        """What the training call of `training` is made of, one by one."""
+        x, codebook = self.inputs(shape)
+        packed = ops.pack_codebook(codebook, metric=metric)
+        ids = ops.vq_assign(x, packed, metric=metric)
         grad = torch.ones_like(x), torch.ones((), device=self.device)
-        settings = dict(metric="cosine", commitment_weight=0.25, codebook_weight=1.0, rotation=False)
+        settings = dict(metric=metric, commitment_weight=0.25, codebook_weight=1.0, rotation=False)
         backward = torch.ops.meditok.vq_quantize_backward
         self.compare(
-            "vq_quantize", "cosine", self.main, factor=0, runs={
-                "meditok assign": lambda: ops.vq_assign(x, packed),
-                "meditok quantize": lambda: ops.vq_quantize(x, packed),
+            "vq_quantize", metric, shape, factor=0, runs={
+                "meditok assign": lambda: ops.vq_assign(x, packed, metric=metric),
+                "meditok quantize": lambda: ops.vq_quantize(x, packed, metric=metric),
                 "meditok backward": lambda: backward(*grad, x, codebook, ids, None, **settings),
                 "meditok backward to x": lambda: backward(
                     *grad, x, codebook, ids, None, codebook_needed=False, **settings
                 ),
+                "a copy of x": lambda: x.clone(),
             },
         )  # fmt: skip
 
@@ -185,7 +194,7 @@ class Bench:
 
     def training(self) -> None:
         """Quantise, loss, counts and both gradients, against assign alone and against autograd's way."""
-        for metric, shape in (("cosine", self.main), ("l2", (4096, 1, 512, 768))):
+        for metric, shape in self.trained:
             x, codebook = self.inputs(shape)
             packed = ops.pack_codebook(codebook, metric=metric)
 
