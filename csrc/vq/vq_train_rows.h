@@ -1,7 +1,8 @@
-// Between the CPU files of the training pass and of wide rows: what is done with one vector after another. F is float or double;
-// rows of other types are widened to float first. Columns are contiguous. Plain pointers only, see common/simd.h.
+// Between the CPU files of lookup, of the training pass and of wide rows: what is done with one vector after another. F
+// is float or double; rows of other types are widened to float first. Columns are contiguous. Plain pointers only, see
+// common/simd.h.
 //
-// Every sum has eight partial sums, element i going to number i mod 8, joined as
+// Every sum but that of the canonical norm has eight partial sums, element i going to number i mod 8, joined as
 // ((0+4) + (2+6)) + ((1+5) + (3+7)), and no operation is fused: the same bits on every instruction set.
 #pragma once
 
@@ -36,6 +37,8 @@ struct RowKernels {
     // sums of a_i b_i and of (a_i - b_i)^2
     double (*dot)(const F* a, const F* b, int64_t width);
     double (*distance)(const F* a, const F* b, int64_t width);
+    // norms[r] = max(|code[r]|, 1e-12), summed in the order of vq_canonical.h; NaN stays
+    void (*canonical_norm)(const F* const* code, int64_t rows, int64_t width, double* norms);
     // out[r] = F(code[r] / norm[r]): a row of vq_lookup; norm null: the code itself. `out` may be the codes.
     void (*divide)(const F* const* code, const double* norm, int64_t rows, int64_t width, F* out,
                    int64_t out_stride);

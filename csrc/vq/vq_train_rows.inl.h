@@ -124,7 +124,23 @@ MEDITOK_INLINE double floored(double norm) {
     return norm < kNormFloor ? kNormFloor : norm;  // NaN stays
 }
 
-// W: the width where it is known at compile time, else 0.
+// W: the width where it is known at compile time, else 0. Four rows share a vector.
+template <class F, int W>
+void canonical_norm(const F* const* code, int64_t rows, int64_t given, double* norms) {
+    const int64_t width = W > 0 ? W : given;
+    for (int64_t row = 0; row < rows; row += 4) {
+        const F* of[4];
+        for (int64_t i = 0; i < 4; ++i) of[i] = code[row + i < rows ? row + i : row];
+        Four sum = {0.0, 0.0, 0.0, 0.0};
+        for (int64_t i = 0; i < width; ++i) {
+            const F column[4] = {of[0][i], of[1][i], of[2][i], of[3][i]};
+            const Four v = load(column);
+            sum += v * v;
+        }
+        for (int64_t i = 0; i < 4 && row + i < rows; ++i) norms[row + i] = floored(__builtin_sqrt(sum[i]));
+    }
+}
+
 template <class F, int W>
 void divide(const F* const* code, const double* norm, int64_t rows, int64_t given, F* out,
             int64_t out_stride) {
@@ -316,6 +332,10 @@ RowKernels<F> row_kernels() {
         [](const F* x, int64_t width) { return square_sum<F>(x, width); },
         dot<F>,
         distance<F>,
+        [](const F* const* code, int64_t rows, int64_t width, double* norms) {
+            width == 8 ? canonical_norm<F, 8>(code, rows, width, norms)
+                       : canonical_norm<F, 0>(code, rows, width, norms);
+        },
         [](const F* const* code, const double* norm, int64_t rows, int64_t width, F* out,
            int64_t out_stride) {
             width == 8 ? divide<F, 8>(code, norm, rows, width, out, out_stride)

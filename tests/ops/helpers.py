@@ -18,7 +18,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 METRICS = ("cosine", "l2")
 # The CPU kernels without those of an instruction set, as csrc/NAME.cpp.
 CPU_SOURCES = ("common/isa", "common/threads", "vq/vq_scalar", "vq/vq_pack", "vq/vq_cpu", "vq/vq_large_dim")
-CPU_SOURCES += ("vq/vq_train_quantize", "vq/vq_train_stats", "vq/vq_train_rows_scalar")
+CPU_SOURCES += ("vq/vq_lookup", "vq/vq_train_quantize", "vq/vq_train_stats", "vq/vq_train_rows_scalar")
 LEVELS = ("scalar", "neon", "avx2", "avx512", "avx512vnni")  # worst first
 
 
