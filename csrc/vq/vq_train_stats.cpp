@@ -83,62 +83,94 @@ void sum_code(const StatsParams& params, const uint32_t* rows, int64_t count, co
     }
 }
 
-// Sums of the codes of one group for the block of rows that is passing by.
+// Sums of some groups' codes for the block of rows that is passing by, to be added to those of the blocks before.
 struct Passing {
-    explicit Passing(int64_t codes, int64_t width)
-        : partial(static_cast<size_t>(codes * width)), block_of(static_cast<size_t>(codes)) {}
-
-    std::vector<float> partial;     // (codes, width), of the codes of `touched`
-    std::vector<int64_t> block_of;  // (codes) number of the last block that touched a code, from 1
-    std::vector<int64_t> touched;
-    int64_t block = 0;
+    std::vector<float> partial;     // (groups, codes, width), of the codes of `touched`
+    std::vector<int64_t> block_of;  // (groups, codes) number of the last block that touched a code
+    std::vector<int64_t> touched;   // positions in (groups, codes)
 };
 
-template <class T>
-void sum_block(const StatsParams& params, int64_t group, int64_t begin, int64_t end, Passing& passing) {
-    const int64_t width = params.width, column_stride = params.x_strides[2];
-    const T* x = static_cast<const T*>(params.x) + group * params.x_strides[1];
-    int64_t* counts = params.counts + group * params.codes;
-    ++passing.block;
-    passing.touched.clear();
-    for (int64_t row = begin; row < end; ++row) {
-        const int64_t code = params.ids[row * params.ids_strides[0] + group * params.ids_strides[1]];
-        if (code < 0 || code >= params.codes) continue;
-        float* partial = passing.partial.data() + code * width;
-        ++counts[code];
-        if (passing.block_of[code] != passing.block) {
-            passing.block_of[code] = passing.block;
-            passing.touched.push_back(code);
-            std::memset(partial, 0, static_cast<size_t>(width) * sizeof(float));
-        }
-        const T* from = x + row * params.x_strides[0];
-        if (column_stride == 1) {
-            for (int64_t c = 0; c < width; ++c) partial[c] += static_cast<float>(to_double(from[c]));
-        } else {
-            for (int64_t c = 0; c < width; ++c) {
-                partial[c] += static_cast<float>(to_double(from[c * column_stride]));
+// W: the width where it is known at compile time, else 0.
+template <class T, int W>
+class Passage {
+  public:
+    Passage(const StatsParams& params, int64_t first_group, int64_t last_group)
+        : params_(params),
+          width_(W > 0 ? W : params.width),
+          first_group_(first_group),
+          last_group_(last_group),
+          counts_(params.counts + first_group * params.codes),
+          sums_(params.sums + first_group * params.codes * width_) {}
+
+    void run() {
+        const size_t codes = static_cast<size_t>((last_group_ - first_group_) * params_.codes);
+        std::memset(counts_, 0, codes * sizeof *counts_);
+        std::memset(sums_, 0, codes * static_cast<size_t>(width_) * sizeof *sums_);
+        block(0, sums_, nullptr);  // nothing is there yet that it would have to be added to
+        if (params_.rows <= kStatsRows) return;
+        Passing passing{
+            std::vector<float>(codes * static_cast<size_t>(width_)), std::vector<int64_t>(codes), {}};
+        for (int64_t begin = kStatsRows; begin < params_.rows; begin += kStatsRows) {
+            passing.touched.clear();
+            block(begin, passing.partial.data(), &passing);
+            for (const int64_t code : passing.touched) {
+                const float* partial = passing.partial.data() + code * width_;
+                for (int64_t c = 0; c < width_; ++c) sums_[code * width_ + c] += partial[c];
             }
         }
     }
-    for (const int64_t code : passing.touched) {
-        const float* partial = passing.partial.data() + code * width;
-        float* sum = params.sums + (group * params.codes + code) * width;
-        for (int64_t c = 0; c < width; ++c) sum[c] += partial[c];
+
+  private:
+    // Position of a row's code in (groups, codes) of this passage, or -1.
+    int64_t code_of(int64_t row, int64_t group) const {
+        const int64_t id = params_.ids[row * params_.ids_strides[0] + group * params_.ids_strides[1]];
+        return id >= 0 && id < params_.codes ? (group - first_group_) * params_.codes + id : -1;
     }
-}
+
+    void block(int64_t begin, float* sums, Passing* passing) {
+        constexpr int64_t kAhead = 4;  // codes lie anywhere: their sums are fetched some rows before
+        const int64_t end = begin + kStatsRows < params_.rows ? begin + kStatsRows : params_.rows;
+        for (int64_t row = begin; row < end; ++row) {
+            for (int64_t group = first_group_; group < last_group_; ++group) {
+                if (row + kAhead < end) __builtin_prefetch(sums + code_of(row + kAhead, group) * width_, 1);
+                const int64_t code = code_of(row, group);
+                if (code < 0) continue;
+                float* sum = sums + code * width_;
+                ++counts_[code];
+                if (passing != nullptr && passing->block_of[code] != begin) {
+                    passing->block_of[code] = begin;
+                    passing->touched.push_back(code);
+                    std::memset(sum, 0, static_cast<size_t>(width_) * sizeof *sum);
+                }
+                add(static_cast<const T*>(params_.x) + row * params_.x_strides[0] +
+                        group * params_.x_strides[1],
+                    sum);
+            }
+        }
+    }
+
+    void add(const T* x, float* sum) const {
+        const int64_t stride = params_.x_strides[2];
+        if (stride == 1) {
+            for (int64_t c = 0; c < width_; ++c) sum[c] += static_cast<float>(to_double(x[c]));
+        } else {
+            for (int64_t c = 0; c < width_; ++c) sum[c] += static_cast<float>(to_double(x[c * stride]));
+        }
+    }
+
+    const StatsParams& params_;
+    const int64_t width_, first_group_, last_group_;
+    int64_t* const counts_;  // (groups, codes) of this passage
+    float* const sums_;      // (groups, codes, width) of this passage
+};
 
 template <class T>
 void sum_in_passing(const StatsParams& params, int workers) {
-    parallel_for(params.groups, workers, [&](int, int64_t group) {
-        const int64_t first = group * params.codes;
-        std::memset(params.counts + first, 0, static_cast<size_t>(params.codes) * sizeof *params.counts);
-        std::memset(params.sums + first * params.width, 0,
-                    static_cast<size_t>(params.codes * params.width) * sizeof *params.sums);
-        Passing passing(params.codes, params.width);
-        for (int64_t begin = 0; begin < params.rows; begin += kStatsRows) {
-            const int64_t end = begin + kStatsRows < params.rows ? begin + kStatsRows : params.rows;
-            sum_block<T>(params, group, begin, end, passing);
-        }
+    const int64_t shares = participants(params.groups, workers);
+    parallel_for(shares, workers, [&](int, int64_t share) {
+        const int64_t first = share * params.groups / shares, last = (share + 1) * params.groups / shares;
+        params.width == 8 ? Passage<T, 8>(params, first, last).run()
+                          : Passage<T, 0>(params, first, last).run();
     });
 }
 
