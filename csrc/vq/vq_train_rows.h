@@ -7,6 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace meditok {
 
