@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,10 @@ from .sharding import full, like, shard
 
 if TYPE_CHECKING:
     from .loop import Task
+
+# Every process keeps its own sums for the codebook until they meet once a step. torch 2.13 renamed the option.
+_KNOWN = inspect.signature(DistributedDataParallel).parameters
+BUFFERS_STAY = {"forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False}
 
 
 class Run:
@@ -47,7 +52,7 @@ class Run:
             return dict(self.task.modules)
         device = [self.world.device] if self.world.device.type == "cuda" else None
         return {
-            phase: module if self.spread(phase) else DistributedDataParallel(module, device, broadcast_buffers=False)
+            phase: module if self.spread(phase) else DistributedDataParallel(module, device, **BUFFERS_STAY)
             for phase, module in self.task.modules.items()
         }
 

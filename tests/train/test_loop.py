@@ -37,6 +37,7 @@ def runs(tmp_path_factory):
     }
     started = [launch.Job(folder / name, options, processes) for name, options, processes in jobs.values()]
     statuses, said = launch.start("toy", started)
+    assert "Warning" not in said
     return folder, dict(zip(jobs, statuses, strict=True)), said
 
 
