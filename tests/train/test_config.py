@@ -37,13 +37,18 @@ def test_changes_keep_the_types_of_the_settings(tmp_path):
         ("steps=true", "steps = True should be int"),
         ("steps=0", "steps = 0 makes no sense"),
         ("size=100", "size = 100 makes no sense"),
+        ("accumulate=0", "accumulate = 0 makes no sense"),
+        ("batch=9", "batch = 9 makes no sense"),
+        ("workers=-1", "workers = -1 makes no sense"),
+        ("sheet_every=0", "sheet_every = 0 makes no sense"),
+        ("betas=[0.9, 1.0]", "betas = .0.9, 1.0. makes no sense"),
         ("betas=[1]", "betas = \\[1\\] should be tuple\\[float, float\\]"),
         ("steps", "write --key=value"),
     ],
 )
 def test_a_change_that_makes_no_sense_is_one_line(change, message):
     with pytest.raises(UsageError, match=message):
-        load_config("tiny-stage1", [change])
+        load_config("tiny-stage1", ["accumulate=2", change])
 
 
 def test_a_file_starts_from_its_base_and_its_tables_only_group(tmp_path):
