@@ -9,15 +9,20 @@ processes nor of workers nor an interruption changes what is seen, and a resumed
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import functools
 import hashlib
+import itertools
 import multiprocessing
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from ..data import discover
 from ..data.augment import Augmentation, resize
@@ -30,7 +35,7 @@ from ..models import files as models
 from ..tokens.datasets import TokenDataset
 from ..tokens.store import is_token_file, open_tokens
 from .config import TrainConfig
-from .distributed import World
+from .distributed import ALONE, World
 from .signals import leave_to_parent
 
 _SHOWN = 20
@@ -73,8 +78,9 @@ class Batch:
         return replace(self, images=images, tokens=tokens)
 
 
-def find_items(config: TrainConfig) -> list[Item]:
-    """Every usable picture, in a fixed order. BadInputError lists up to 20 that cannot be used; UsageError: none."""
+def find_items(config: TrainConfig, world: World = ALONE) -> list[Item]:
+    """Every usable picture, in a fixed order; headers are read by each process in part. BadInputError, on every
+    process, lists up to 20 inputs that cannot be used; UsageError: none."""
     if not config.data:
         raise UsageError(
             "train: no data; pass --data=PATH (a folder, manifest or tar, several joined by commas, or a token file)"
@@ -82,24 +88,44 @@ def find_items(config: TrainConfig) -> list[Item]:
     inputs = config.data.split(",")
     if any(is_token_file(path) for path in inputs):
         return _token_rows(inputs, config)
-    found = discover(inputs, ReadOptions())
-    failed = [(path, error) for path, error in found.failed if fnmatch.fnmatch(str(path), f"*{config.include}")]
-    items: list[Item] = []
+
+    def through(look: Callable, scans: Sequence) -> Iterator:
+        return itertools.chain(*each(functools.partial(_listed, look), scans, config, world))
+
+    found = discover(inputs, ReadOptions(), through=through)
+    for note in found.warnings[:_SHOWN] if world.first else ():
+        warnings.warn(note, stacklevel=2)
+    failed = [str(error) for path, error in found.failed if fnmatch.fnmatch(str(path), f"*{config.include}")]
     left_out: Counter = Counter()
+    wanted: list[Source] = []
     for source in found.sources:
-        reason = _unwanted(source.name, source.columns, config)
-        if reason:
+        if reason := _unwanted(source.name, source.columns, config):
             left_out[reason] += 1
-            continue
+        else:
+            wanted.append(source)
+    items: list[Item] = []
+    for source, frames in zip(wanted, each(_frames, wanted, config, world), strict=True):
         try:
-            items += _items(source, config)
-        except MeditokError as error:
-            failed.append((source.path, error))
+            items += _items(source, frames, config)
+        except BadInputError as error:
+            failed.append(str(error))
     if failed:
-        raise _unusable(config, [str(error) for _, error in failed])
+        raise _unusable(config, failed)
     if not items:
         raise _nothing(config, left_out)
     return items
+
+
+def _listed(look: Callable[[object], Iterator], scan: object) -> list:
+    return list(look(scan))
+
+
+def _frames(source: Source) -> int | str:
+    """How many pictures it holds, or why it cannot be opened."""
+    try:
+        return source.open().frames
+    except MeditokError as error:
+        return str(error)
 
 
 def _token_rows(inputs: list[str], config: TrainConfig) -> TokenRows:
@@ -134,13 +160,14 @@ def _token_rows(inputs: list[str], config: TrainConfig) -> TokenRows:
 
 def _nothing(config: TrainConfig, left_out: Counter) -> BadInputError:
     why = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no image in it"
-    return BadInputError(f"{config.data}: nothing to train on ({why}); check --split and --weights_ok")
+    return BadInputError(f"{config.data}: nothing to train on ({why}); check --include, --split and --weights_ok")
 
 
 def _unusable(config: TrainConfig, reasons: list[str]) -> BadInputError:
     more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
     shown = "; ".join(reasons[:_SHOWN])
-    return BadInputError(f"{config.data}: {len(reasons)} inputs cannot be trained on: {shown}{more}")
+    inputs = "input" if len(reasons) == 1 else "inputs"
+    return BadInputError(f"{config.data}: {len(reasons)} {inputs} cannot be trained on: {shown}{more}")
 
 
 def check_items(items: Sequence[Item], config: TrainConfig, world: World) -> None:
@@ -193,11 +220,29 @@ def data_record(items: Sequence[Item], config: TrainConfig, world: World) -> dic
 def each(ask: Callable, things: Sequence, config: TrainConfig, world: World) -> list:
     """What `ask` says of every thing, on every process: each asks about a part of them, in its processes that read."""
     mine = _Asked(ask, things[world.rank :: world.size])
-    loader = torch.utils.data.DataLoader(mine, 16, collate_fn=list, **_reading(config))
-    return world.gather([answer for answers in loader for answer in answers])
+    with contextlib.closing(_through(DataLoader(mine, 16, collate_fn=list, **_reading(config)))) as parts:
+        answers = [answer for part in parts for answer in part]
+    whole: list = [None] * len(things)
+    for rank, part in enumerate(world.gather([answers])):
+        whole[rank :: world.size] = part
+    return whole
 
 
-class _Asked(torch.utils.data.Dataset):
+def _through(loader: DataLoader) -> Iterator:
+    """What a loader gives. Its workers end with this iterator: they leave signals to this process, which would wait
+    for them at its own end. An error that one of them met is raised as it is."""
+    iterator = iter(loader)
+    try:
+        for given in iterator:
+            if isinstance(given, MeditokError):
+                raise given
+            yield given
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()
+
+
+class _Asked(Dataset):
     def __init__(self, ask: Callable, things: Sequence):
         self.ask, self.things = ask, things
 
@@ -219,10 +264,13 @@ def _unwanted(name: str, columns: dict, config: TrainConfig) -> str:
     return ""
 
 
-def _items(source: Source, config: TrainConfig) -> list[Item]:
+def _items(source: Source, frames: int | str, config: TrainConfig) -> list[Item]:
+    """Its pictures; BadInputError where `frames` says why there are none, or its caption is missing."""
+    if isinstance(frames, str):
+        raise BadInputError(frames)
     modality = str(source.columns.get("modality") or source.modality or "other")
     text = _caption(source.columns, modality, source.path, config)
-    return [Item(source, frame, text, modality, f"{source.name}#{frame}") for frame in range(source.open().frames)]
+    return [Item(source, frame, text, modality, f"{source.name}#{frame}") for frame in range(frames)]
 
 
 def _caption(columns: dict, modality: str, where: str, config: TrainConfig) -> str:
@@ -238,7 +286,7 @@ def list_hash(items: Sequence[Item]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
-class Samples(torch.utils.data.Dataset):
+class Samples(Dataset):
     """Sample i of a run: (image (3, S, S), or ids (G, N) of a token file; caption, modality, i, place in `items`)."""
 
     def __init__(self, items: Sequence[Item], config: TrainConfig):
@@ -319,7 +367,25 @@ def read(item: Item, window: str | None) -> torch.Tensor:
     return reader.image(item.frame).pixels
 
 
-def collate(samples: list) -> Batch:
+class _Told(Dataset):
+    """The samples; an error that one is met with stands in its place, for the process that asked to raise."""
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, sample: int):
+        try:
+            return self.samples[sample]
+        except MeditokError as error:
+            return error
+
+
+def collate(samples: list) -> Batch | MeditokError:
+    if failed := [sample for sample in samples if isinstance(sample, MeditokError)]:
+        return failed[0]
     shown, *others = zip(*samples, strict=True)
     return _batch(shown, *map(list, others))
 
@@ -332,18 +398,19 @@ def _batch(shown: Sequence[torch.Tensor], *others: list) -> Batch:
 
 
 def batches(items: Sequence[Item], config: TrainConfig, *, start: int, rank: int, world: int) -> Iterator[Batch]:
-    """Micro-batches of this rank from step `start` on. Every rank takes a contiguous part of each micro-batch."""
+    """Micro-batches of this rank from step `start` on. Every rank takes a contiguous part of each micro-batch. Close
+    it: processes may be reading for it."""
     micro = config.batch // config.accumulate
     if micro % world:
         raise UsageError(f"batch {config.batch} in {config.accumulate} parts does not divide by {world} processes")
     share = micro // world
-    loader = torch.utils.data.DataLoader(
-        Samples(items, config),
+    loader = DataLoader(
+        _Told(Samples(items, config)),
         batch_sampler=_Parts(start * config.batch + rank * share, config.steps * config.batch, micro, share),
         collate_fn=collate,
         **_reading(config),
     )
-    yield from loader
+    yield from _through(loader)
 
 
 def _reading(config: TrainConfig) -> dict:

@@ -70,6 +70,9 @@ class World:
             dist.barrier(group=self.patient)
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
     """The world torchrun describes in the environment, or this process alone; gloo on CPU, NCCL on CUDA."""

@@ -7,11 +7,12 @@ drawn at random is drawn from (seed, step, rank), so a run that is killed goes o
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -55,6 +56,9 @@ class Task(Protocol):
 
     def active(self, phase: str, step: int) -> bool: ...
 
+    def prepare(self, batch: Batch) -> None:
+        """Before a step: what is computed once for all steps to come, and is not of the work of this one."""
+
     def losses(self, phase: str, call: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         """Weighted terms, float32 scalars; their sum is differentiated. `call` holds the modules as wrapped."""
 
@@ -77,7 +81,7 @@ def start_over(out: Path) -> None:
 
 def train(
     task: Task,
-    batches: Callable[[int], Iterable[Batch]],
+    batches: Callable[[int], Generator[Batch]],
     config: TrainConfig,
     out: Path,
     world: World,
@@ -93,22 +97,23 @@ def train(
     rank's loss is not finite; the last checkpoint stays. SIGINT or SIGTERM at any rank: a checkpoint after the
     running step, then KeyboardInterrupt.
     """
-    with Stop() as stop:
-        return _train(Run(task, config, out, world, made_of or {}), batches, report, sheet, stop)
-
-
-def _train(run: Run, batches, report, sheet, stop: Stop) -> Path:
-    task, config, out, world = run.task, run.config, run.out, run.world
+    run = Run(task, config, out, world, made_of or {})
     if run.resume():
         report({"resumed": run.step})
+    with Stop() as stop, contextlib.closing(batches(run.step)) as source:
+        return _train(run, source, report, sheet, stop)
+
+
+def _train(run: Run, source: Iterator[Batch], report, sheet, stop: Stop) -> Path:
+    task, config, out, world = run.task, run.config, run.out, run.world
     log = Log(out / LOG, run.step, write=world.first)
     call = run.wrapped()
-    source = iter(batches(run.step))
-    speed = Speed(world.device, config.precision, config.batch, counted=not config.heads_only)
+    speed = Speed(world.device, config.precision, config.batch)
     while run.step < config.steps:
         torch.manual_seed(_mixed(config.seed, run.step, world.rank))
+        micro = _read(run, source)
         with speed.step():
-            row = _step(run, call, [next(source) for _ in range(config.accumulate)])
+            row = _step(run, call, micro)
         speed.saw(frozenset(name for name in task.terms if row[name]))
         run.step += 1
         if run.step % config.log_every == 0 or run.step == config.steps:
@@ -130,6 +135,20 @@ def _train(run: Run, batches, report, sheet, stop: Stop) -> Path:
         task.export(out / WEIGHTS, weights)
     world.wait()
     return out / WEIGHTS
+
+
+def _read(run: Run, source: Iterator[Batch]) -> list[Batch]:
+    """The micro-batches of a step. What one process fails to read ends all of them, with the same words."""
+    failed, micro = [], []
+    try:
+        for _ in range(run.config.accumulate):
+            micro.append(next(source))
+            run.task.prepare(micro[-1])
+    except MeditokError as error:
+        failed = [error]
+    if run.world.largest(len(failed)):
+        raise run.world.gather(failed)[0]
+    return micro
 
 
 def _step(run: Run, call: dict[str, nn.Module], micro: list[Batch]) -> dict[str, float]:

@@ -49,7 +49,7 @@ def start(
     """
     with distributed.world(device) as world:
         task = Alignment(config, world)  # first, since a teacher that is not here need not wait for the data
-        items = find_items(config)
+        items = find_items(config, world)
         task.whole = lambda place: read(items[place], None)
         stored = items.info if isinstance(items, TokenRows) else None
         if stored:

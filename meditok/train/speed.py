@@ -76,13 +76,12 @@ def _settle(device: torch.device) -> None:
 
 
 class Speed:
-    """Images a second and share of peak over the steps since they were last asked for; the share only where `counted`,
-    which needs steps of equal work."""
+    """Images a second and share of peak over the steps since they were last asked for."""
 
-    def __init__(self, device: torch.device, precision: str, images: int, *, counted: bool = True):
+    def __init__(self, device: torch.device, precision: str, images: int):
         self.images, self.device, self.precision = images, device, precision
         self.peak = matmul_rate(device, precision)
-        self.flops, self._present, self._due, self.counted = 0.0, frozenset(), counted, counted
+        self.flops, self._present, self._due = 0.0, frozenset(), True
         self.steps, self.clock = 0, time.perf_counter()
 
     @contextlib.contextmanager
@@ -99,7 +98,7 @@ class Speed:
 
     def saw(self, terms: frozenset[str]) -> None:
         """Which losses the step had."""
-        new = self.counted and bool(self._present) and terms != self._present
+        new = bool(self._present) and terms != self._present
         self._due, self._present = self._due or new, terms
 
     def rates(self) -> dict[str, float]:
@@ -107,5 +106,4 @@ class Speed:
         rate = self.steps / elapsed
         self.peak = max(self.peak, matmul_rate(self.device, self.precision, 1))  # the machine may have been busy
         self.steps, self.clock = 0, time.perf_counter()
-        share = {"share_of_peak": rate * self.flops / self.peak} if self.counted else {}
-        return {"images_per_s": rate * self.images} | share
+        return {"images_per_s": rate * self.images, "share_of_peak": rate * self.flops / self.peak}

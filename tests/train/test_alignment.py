@@ -17,6 +17,7 @@ from meditok.errors import MissingPartError
 from meditok.train import checkpoint
 from meditok.train.data import batches, find_items, read
 from meditok.train.distributed import World
+from meditok.train.speed import Speed
 from meditok.train.tasks.alignment import Alignment
 
 from . import launch, stages
@@ -112,10 +113,27 @@ def test_a_teacher_of_whole_pictures_reads_each_once_and_not_the_crops(data):
     task.whole = whole
     for step in range(3):
         batch = next(batches(items, config, start=step, rank=0, world=1))
+        task.prepare(batch)
         target = task._target(batch)
         for row, place in zip(target, batch.pictures, strict=True):
             assert torch.equal(row, task.teacher(read(items[place], None)[None])[0])
     assert len(asked) == len(set(asked)) > 4
+
+
+def test_what_is_computed_once_is_not_of_the_work_that_is_counted_of_a_step(data):
+    config = stages.settings(data=data, teacher_view="whole", adversarial=0.0, perceptual=0.0)
+    task = Alignment(config, World(0, 1, torch.device("cpu")))
+    items = find_items(config)
+    task.whole = lambda place: read(items[place], None)
+    batch = next(batches(items, config, start=0, rank=0, world=1))
+    work = []
+    for _ in ("new pictures", "known ones"):
+        speed = Speed(torch.device("cpu"), "fp32", len(batch.samples))
+        task.prepare(batch)
+        with speed.step():
+            task.losses("generator", task.modules, batch, 0)
+        work.append(speed.flops)
+    assert work[0] == work[1] > 0
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -6,6 +6,8 @@ import csv
 import hashlib
 import io
 import json
+import multiprocessing
+import re
 import tarfile
 from dataclasses import replace
 
@@ -21,7 +23,7 @@ from meditok.train import data
 from meditok.train.config import TrainConfig
 from meditok.train.distributed import World
 
-from . import stages
+from . import launch, stages
 
 
 def config(path, **changes) -> TrainConfig:
@@ -134,6 +136,26 @@ def test_ranks_and_workers_share_a_run_without_loss(manifest, world, workers):
     numbers = [number for micro in zip(*parts, strict=True) for batch in micro for number in batch.samples]
     assert numbers == list(range(4, 16))  # steps 1 to 3, in order, whoever reads them
     assert parts[0][0].images.shape == (2 // world, 3, 32, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_in_the_middle_is_one_line_whoever_reads(manifest, workers):
+    (manifest.parent / "3.png").write_bytes((manifest.parent / "3.png").read_bytes()[:-30])
+    made = config(manifest, workers=workers, check="open")
+    with pytest.raises(BadInputError, match="3.png: PNG cannot be decoded in full.*get the file again$") as error:
+        list(data.batches(data.find_items(made), made, start=0, rank=0, world=1))
+    assert "\n" not in str(error.value) and multiprocessing.active_children() == []
+
+
+def test_a_picture_that_one_process_cannot_read_ends_all_with_the_same_words(tmp_path):
+    """Also where processes of their own read for them, which would otherwise be waited for."""
+    pairs = stages.pictures(tmp_path / "pictures", 10)
+    bad = pairs.parent / "1.png"  # not on the sheet, which shows 8
+    bad.write_bytes(bad.read_bytes()[:700])
+    options = dict(data=str(pairs), check="open", workers=1, perceptual=0.0, adversarial=0.0, contrastive=0.0, steps=9)
+    result = launch.under_torchrun("stages", 2, tmp_path / "out", 100, **options)
+    assert result.returncode == 1
+    assert len(re.findall("CorruptImageError: .*1.png: PNG cannot be decoded in full", result.stderr)) >= 2
 
 
 def test_a_batch_that_does_not_divide_is_refused(manifest):

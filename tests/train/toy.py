@@ -45,6 +45,9 @@ class Toy:
     def active(self, phase, step):
         return phase == "model" or step >= 2
 
+    def prepare(self, batch):
+        pass
+
     def losses(self, phase, call, batch, step):
         x = batch.images.mean((2, 3))
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)

@@ -210,6 +210,21 @@ class Alignment:
     def active(self, phase: str, step: int) -> bool:
         return phase == "generator" or step >= self.config.adversarial_start
 
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> None:
+        """What is kept of pictures and captions, each computed by itself so that neither batches nor interruptions
+        change it."""
+        if self.teacher and self._keeps:
+            text = self.config.target == "text"
+            for key in set(batch.captions if text else batch.pictures) - set(self._known):
+                seen = [key] if text else self.whole(key)[None].to(self.world.device)
+                self._known[key] = self.teacher(seen)[0]
+        if self.config.heads_only and batch.tokens is None:
+            core = self.modules["generator"].core
+            for key in set(batch.pictures) - set(self._means):
+                picture = resize(self.whole(key), self.config.size)[None].to(core.device)
+                self._means[key] = core.latents(picture, "post")[0].mean(0)
+
     def losses(self, phase: str, call: dict[str, nn.Module], batch: Batch, step: int) -> dict[str, Tensor]:
         if phase == "generator":
             return self._generator(call["generator"], batch, step)
@@ -306,34 +321,31 @@ class Alignment:
         same = None if same is None else same.to(outputs.features.device)
         return self.config.contrastive * contrastive.info_nce(outputs.features, outputs.target, outputs.scale, same)
 
-    @torch.no_grad()
     def _pooled(self, batch: Batch) -> Tensor:
-        """Mean decoder inputs (B, width), which heads alone do not change: of tokens, or of the whole pictures, for
-        which they are computed once."""
-        core = self.modules["generator"].core
-        if batch.tokens is not None:
-            return core.latents(batch.tokens, "post").mean(1)
-        for key in set(batch.pictures) - set(self._means):
-            picture = resize(self.whole(key), self.config.size)[None].to(core.device)
-            self._means[key] = core.latents(picture, "post")[0].mean(0)
-        return torch.stack([self._means[key] for key in batch.pictures])
+        """Mean decoder inputs (B, width), which heads alone do not change: of tokens, or of the whole pictures."""
+        if batch.tokens is None:
+            return torch.stack([self._means[key] for key in batch.pictures])
+        with torch.no_grad():
+            return self.modules["generator"].core.latents(batch.tokens, "post").mean(1)
 
     def _target(self, batch: Batch) -> Tensor:
-        """The teacher's features (B, width) of what the model sees, or of whole pictures. Those of whole pictures, and
-        of captions where the heads alone are trained, are kept, each computed by itself so that neither batches nor
-        interruptions change them; elsewhere a caption that several images share is read once a batch."""
+        """The teacher's features (B, width) of what the model sees, of whole pictures, or of captions; elsewhere than
+        among those kept, a caption that several images share is read once a batch."""
         text = self.config.target == "text"
-        if not (self.config.heads_only or (self.config.teacher_view == "whole" and not text)):
-            if not text:
-                return self.teacher(batch.images)
-            captions = list(dict.fromkeys(batch.captions))
-            place = {caption: index for index, caption in enumerate(captions)}
-            return self.teacher(captions)[[place[caption] for caption in batch.captions]]
-        keys = batch.captions if text else batch.pictures
-        for key in set(keys) - set(self._known):
-            seen = [key] if text else self.whole(key)[None].to(self.world.device)
-            self._known[key] = self.teacher(seen)[0]
-        return torch.stack([self._known[key] for key in keys])
+        if self._keeps:
+            keys = batch.captions if text else batch.pictures
+            return torch.stack([self._known[key] for key in keys])
+        if not text:
+            return self.teacher(batch.images)
+        captions = list(dict.fromkeys(batch.captions))
+        place = {caption: index for index, caption in enumerate(captions)}
+        return self.teacher(captions)[[place[caption] for caption in batch.captions]]
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the teacher's features are kept: those of whole pictures, and of captions for the heads alone."""
+        config = self.config
+        return config.heads_only or (config.teacher_view == "whole" and config.target == "image")
 
     def _fool(self, r: Tensor, likelihood: Tensor, batch: Batch, step: int) -> Tensor:
         """The adversarial term with its adaptive weight; the discriminator itself takes no gradient from it."""
