@@ -38,7 +38,7 @@ def command(ctx: click.Context, config: str, out: str, device: str, fresh: bool,
     settings = load_config(config, _changes(ctx.args))
     console.quiet |= os.environ.get("RANK", "0") != "0"  # one process of many speaks; errors come from any
     with display(settings.steps) as shown, _alarms():
-        path = run.start(settings, Path(out), device=device, fresh=fresh, report=shown)
+        path = run.start(settings, Path(out), device=device, fresh=fresh, report=shown, say=shown.say)
     console.info(f"wrote {path}", private=True)
     write_json(json_out, shown.last)
     return 0
@@ -60,47 +60,61 @@ class Shown:
     def __init__(self):
         self.last: dict = {}
 
+    def say(self, doing: str) -> None:
+        """What is done before the first step."""
+        console.info(doing)
+
     def __call__(self, row: dict) -> None:
         if "resumed" in row:
             console.info(f"going on from step {row['resumed']}", step=row["resumed"])
             return
         self.last = row
-        console.info(f"step {row['step']}  {losses(row)}  {rates(row)}", **row)
+        told = [f"{name} {value}" for name, value in numbers(row)] + rates(row)
+        console.info(f"step {row['step']}: {', '.join(told)}", **row)
 
 
 class Bar(Shown):
-    """The same on a terminal: one bar, and the losses of the last row under it."""
+    """The same on a terminal: one bar, under it how fast it goes, and the numbers of the last row in columns."""
 
     def __init__(self, steps: int):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         super().__init__()
-        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[rates]}")
+        columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left")
         self.progress = Progress("{task.description}", *columns, speed_estimate_period=600)
-        self.task = self.progress.add_task("training", total=steps, rates="")
+        self.task = self.progress.add_task("training", total=steps)
+
+    def say(self, doing: str) -> None:
+        self.progress.update(self.task, description=doing)
 
     def __call__(self, row: dict) -> None:
         if "resumed" in row:
-            self.progress.reset(self.task, completed=row["resumed"])
+            self.progress.reset(self.task, completed=row["resumed"], description="training")
             return
         self.last = row
-        self.progress.update(self.task, completed=row["step"], rates=rates(row))
+        self.progress.update(self.task, completed=row["step"], description="training")
 
     def __rich__(self):
+        from rich.columns import Columns
         from rich.console import Group
         from rich.text import Text
 
-        return Group(self.progress, Text(losses(self.last)))
+        if not self.last:
+            return self.progress
+        # Values of one width, so that nothing moves from row to row.
+        cells = [Text(f"{name} {value:<9}", no_wrap=True) for name, value in numbers(self.last)]
+        return Group(self.progress, Text("  ".join(rates(self.last)), no_wrap=True), Columns(cells, padding=(0, 1)))
 
 
-def losses(row: dict) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in SHOWN)
+def numbers(row: dict) -> list[tuple[str, str]]:
+    """Names and values of a row, but for what `rates` tells."""
+    return [(name, f"{value:.4g}") for name, value in row.items() if name not in SHOWN]
 
 
-def rates(row: dict) -> str:
-    """ "38.1 images/s  21% of peak  usage 97%"; what a task does not tell is left out."""
-    texts = {"images_per_s": "{:.1f} images/s", "share_of_peak": "{:.0%} of peak", "usage": "usage {:.0f}%"}
-    return "  ".join(text.format(row[name]) for name, text in texts.items() if name in row)
+def rates(row: dict) -> list[str]:
+    """["38.1 images/s", "21% of peak", "codebook usage 97%"]; what a task does not tell is left out."""
+    texts = {"images_per_s": "{:.1f} images/s", "share_of_peak": "{:.0%} of peak", "usage": "codebook usage {:.0f}%"}
+    return [text.format(row[name]) for name, text in texts.items() if name in row]
 
 
 @contextlib.contextmanager

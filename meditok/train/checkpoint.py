@@ -88,7 +88,7 @@ def load(folder: Path, config: TrainConfig, made_of: dict[str, str]) -> tuple[di
         raise BadInputError(f"{folder}: format {values.get('format')}, this version reads {FORMAT}; pass --fresh")
     changed = differences(values["config"], config)
     before = values["made_of"]
-    changed += [name for name in before | made_of if before.get(name) != made_of.get(name)]
+    changed += [f"{name} are others" for name in before | made_of if before.get(name) != made_of.get(name)]
     if changed:
         raise UsageError(f"{folder}: made with other settings ({'; '.join(changed)}); give the same, or --fresh")
     return tensors, values

@@ -16,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..models.files import pick_device
+
 TIMEOUT = timedelta(seconds=float(os.environ.get("MEDITOK_DIST_TIMEOUT", "600")))
 PATIENCE = timedelta(days=7)
 
@@ -75,12 +77,15 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """The world torchrun describes in the environment, or this process alone; gloo on CPU, NCCL on CUDA."""
+    """The world torchrun describes in the environment, or this process alone; gloo on CPU, NCCL on CUDA.
+
+    Errors as `pick_device`; of many processes each takes the CUDA device of its number.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    cuda = device != "cpu" and torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    place = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    place = pick_device(device)
+    if cuda := place.type == "cuda":
+        index = os.environ.get("LOCAL_RANK", "0") if size > 1 else place.index or 0
+        place = pick_device(f"cuda:{index}")
         torch.cuda.set_device(place)
     if size == 1:
         yield World(0, 1, place)

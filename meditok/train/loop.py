@@ -37,7 +37,11 @@ WEIGHTS = "model.safetensors"
 
 
 class NonFiniteLossError(MeditokError, FloatingPointError):
-    """A loss that is NaN or infinite; every process stops with the same message."""
+    """A loss that is NaN or infinite; every process stops with the same message. `samples` are those of its batch."""
+
+    def __init__(self, message: str, samples: range):
+        super().__init__(message)
+        self.samples = samples
 
 
 class Task(Protocol):
@@ -205,10 +209,12 @@ def _check(terms: dict[str, Tensor], batch: Batch, run: Run) -> None:
     if worst < 0:
         return
     place, rank = divmod(worst, run.world.size)
+    share = len(batch.samples)
+    first = batch.samples[0] + (rank - run.world.rank) * share
     raise NonFiniteLossError(
-        f"step {run.step + 1}: loss {list(terms)[place - 1]} is not finite on rank {rank} "
-        f"(samples from {batch.samples[0] + (rank - run.world.rank) * len(batch.samples)}); "
-        f"the last checkpoint stays; lower the learning rate, or look at that data"
+        f"step {run.step + 1}: loss {list(terms)[place - 1]} is not finite on rank {rank}; checkpoints stay; lower the "
+        f"learning rate, or look at its batch, samples {first} to {first + share - 1}",
+        range(first, first + share),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +40,23 @@ CONFIG_FILE = "config.json"
 
 
 def start(
-    config: TrainConfig, out: Path, *, device: str = "auto", fresh: bool = False, report: Callable[[dict], None]
+    config: TrainConfig,
+    out: Path,
+    *,
+    device: str = "auto",
+    fresh: bool = False,
+    report: Callable[[dict], None],
+    say: Callable[[str], None] = lambda doing: None,
 ) -> Path:
     """Train to the end, or go on where an interrupted run of the same settings stopped; returns the weights' path.
 
     Every image is looked at before the first step. report: told each row of the log, and {"resumed": step} first where
-    the run goes on. Errors as find_items, check_items, checkpoint.newest and loop.train.
+    the run goes on; say: told what is done before that. Errors as find_items, check_items, checkpoint.newest and
+    loop.train.
     """
     with distributed.world(device) as world:
         task = Alignment(config, world)  # first, since a teacher that is not here need not wait for the data
+        say("looking for images")
         items = find_items(config, world)
         task.whole = lambda place: read(items[place], None)
         stored = items.info if isinstance(items, TokenRows) else None
@@ -59,6 +67,8 @@ def start(
         world.wait()
         begun = bool(world.largest(int(bool(checkpoint.existing(out)))))
         known = bool(world.largest(int((out / DATA_FILE).exists())))
+        if not (begun and known):
+            say(f"looking at {len(items):,} images")
         if config.check == "read" and not begun:
             check_items(items, config, world)
         record = None if begun and known else data_record(items, config, world)
@@ -66,10 +76,12 @@ def start(
         if config.init:
             made_of["the weights of --init"] = task.modules["generator"].core.hash
         if config.start and not begun:
+            say("fitting the start")
             fit_start(task, items, config)
         if world.first:
             out.mkdir(parents=True, exist_ok=True)
-            write_text(out / CONFIG_FILE, _as_json(config, items))
+            if not begun:  # what a run was begun with holds; other settings are refused
+                write_text(out / CONFIG_FILE, _as_json(config, items))
             if record:
                 write_text(out / DATA_FILE, json.dumps(record, indent=1) + "\n")
         told = trackers(out, config) if world.first else []
@@ -87,7 +99,7 @@ def start(
                 for tracker in told:
                     tracker.sheet(path, step)
 
-        with contextlib.ExitStack() as closing:
+        with contextlib.ExitStack() as closing, _naming(items, config):
             for tracker in told:
                 closing.callback(tracker.close)
             path = loop.train(
@@ -104,6 +116,19 @@ def start(
             modalities = Counter(item.modality for item in items)
             write_report(out, config, modalities=modalities, cards=task.cards(), setting=setting(world))
         return path
+
+
+@contextlib.contextmanager
+def _naming(items: list[Item], config: TrainConfig) -> Iterator[None]:
+    """A loss that is not finite told with the names of the pictures of its batch."""
+    try:
+        yield
+    except loop.NonFiniteLossError as error:
+        samples = Samples(items, config)
+        names = list(dict.fromkeys(items[samples.pick(sample)].name for sample in error.samples))
+        more = f" and {len(names) - SHEET_IMAGES} more" if len(names) > SHEET_IMAGES else ""
+        message = f"{error}: {', '.join(names[:SHEET_IMAGES])}{more}"
+        raise loop.NonFiniteLossError(message, error.samples) from None
 
 
 def fit_start(task: Alignment, items: list[Item], config: TrainConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -220,6 +221,20 @@ def test_half_precision_moves_losses_a_little_and_reaches_neither_quantiser_nor_
             assert value.item() == pytest.approx(expected, rel=0.05), term
 
 
+def test_a_loss_that_is_not_finite_is_told_with_the_names_of_its_pictures(data, tmp_path, capfd):
+    (tmp_path / "own.toml").write_text(
+        'base = "tiny-stage1"\nperceptual = 0.0\ncontrastive = 0.0\nsize = 32\nbatch = 3\nlog_every = 1\nl1 = 1e39\n'
+        "start_patches = 256\nsteps = 2\n"
+    )
+    arguments = ["train", str(tmp_path / "own.toml"), "--out", str(tmp_path / "out"), f"--data={data}"]
+    assert command(arguments) == 1
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    found = re.search("step 1: loss l1 is not finite on rank 0; .* samples 0 to 2: (.*)", said)
+    assert found and re.fullmatch("([0-7].png#0(, )?){1,3}", found[1]), said
+    assert command([*arguments, "--device=cuda:99"]) == 4
+    assert "device 'cuda:99'" in capfd.readouterr().err
+
+
 def test_the_command_trains_and_goes_on(data, tmp_path, capfd):
     (tmp_path / "own.toml").write_text(
         'base = "tiny-stage1"\nperceptual = 0.0\ncontrastive = 0.0\nsize = 32\nbatch = 2\nworkers = 0\nlog_every = 1\n'
@@ -232,6 +247,8 @@ def test_the_command_trains_and_goes_on(data, tmp_path, capfd):
     assert "going on from step 2" in capfd.readouterr().err
     assert command([*arguments, "--lr=1"]) == 2
     assert "lr 0.001, now 1.0" in capfd.readouterr().err
+    made = (tmp_path / "out" / "config.json").read_text()
+    assert json.loads(made)["config"]["lr"] == 0.001  # the run's own, whatever was asked of it since
     assert command([*arguments, "--learning=1"]) == 2
     assert "no setting learning" in capfd.readouterr().err
     assert command([*arguments, f"--init={tmp_path}/out/model.safetensors", "--start="]) == 2
