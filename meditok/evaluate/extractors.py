@@ -82,7 +82,7 @@ def load_extractor(name: str, weights: str | os.PathLike = "") -> Extractor:
     if name == "efficientnet-lite0":
         network = load_vision("offline")
     elif name == "biomedclip" or name.startswith("timm:"):
-        network = load_vision(name, weights)
+        network = load_vision(name, weights, "--extractor-weights=FILE")
     else:
         raise UsageError(f"extractor {name!r}: unknown; choose {EXTRACTORS}")
     return Extractor(name, network, network)

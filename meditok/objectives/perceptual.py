@@ -138,9 +138,8 @@ def build_perceptual(net: str, weights: str | os.PathLike = "") -> PerceptualDis
     MissingPartError: package or file not there; BadInputError: weights that do not fit; UsageError: unknown name.
     """
     if net == "lpips-vgg16":
-        path = given_file(
-            weights, "perceptual loss lpips-vgg16", "torchvision's vgg16-397923af.pth, or use stlpips-vgg16"
-        )
+        passed = "--perceptual-weights=FILE, or use stlpips-vgg16"
+        path = given_file(weights, "perceptual loss lpips-vgg16", "torchvision's vgg16-397923af.pth", passed)
         features = _filled(vgg16(), read_state(path, "features."), path, r"(\d+)\.")
         install = "pip install --no-deps lpips"  # it asks for torchvision, which its weights do not need
         heads_path = package_file("lpips", "weights/v0.1/vgg.pth", "perceptual loss lpips-vgg16", install)

@@ -299,8 +299,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
 
 def test_missing_parts_say_where_to_get_them(tmp_path, clip_file, monkeypatch):
     """A file, a tokenizer, a package: one line each, exit code 4."""
-    with pytest.raises(MissingPartError, match="open_clip_pytorch_model.bin of huggingface.co/microsoft/BiomedCLIP"):
-        load_vision("biomedclip")
+    source = "get open_clip_pytorch_model.bin of huggingface.co/microsoft/BiomedCLIP.* and pass --teacher-weights=FILE$"
+    for load in (load_vision, load_text):
+        with pytest.raises(MissingPartError, match=source):
+            load("biomedclip")
     (tmp_path / "model.bin").write_bytes(clip_file.read_bytes())
     with pytest.raises(MissingPartError, match="neither tokenizer.json nor vocab.txt"):
         load_text("biomedclip", tmp_path / "model.bin")
@@ -340,6 +342,9 @@ def test_unknown_names_list_the_known_ones():
         load_text("clip")
     with pytest.raises(UsageError, match="hf:FOLDER"):
         load_text("hf:bert", "weights.safetensors")
+    for load in (load_vision, load_text):
+        with pytest.raises(UsageError, match="takes no weights file"):
+            load("offline", "weights.safetensors")
     with pytest.raises(UsageError, match="hf:FOLDER"):
         load_vision("hf:vit", "weights.safetensors")
 
