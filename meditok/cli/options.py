@@ -21,11 +21,24 @@ def _together(*decorators: Callable) -> Callable:
     return decorate
 
 
-def _speak(name: str) -> Callable:
-    def callback(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-        setattr(console, name, value)
+def _choice(option: str, values: str, help: str, default: str | None = None, **more) -> Callable:
+    """An option of a few values, given as "a b c"; its default is shown where there is one."""
+    return click.option(
+        option, type=click.Choice(values.split()), default=default, show_default=bool(default), help=help, **more
+    )
 
-    return callback
+
+def _flag(option: str, help: str) -> Callable:
+    return click.option(option, is_flag=True, help=help)
+
+
+def _manner(option: str, help: str) -> Callable:
+    """A flag that sets the field of its name on the console, before anything is said."""
+
+    def callback(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        setattr(console, parameter.name, value)
+
+    return click.option(option, is_flag=True, expose_value=False, callback=callback, is_eager=True, help=help)
 
 
 def report_file(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
@@ -58,54 +71,33 @@ reading = _together(
     ),
     click.option("--window-index", type=int, default=0, help="Which of several windows in a DICOM header."),
     click.option("--ct-bias", type=float, help="What was added to HU in a 16-bit picture, e.g. 1024."),
-    click.option(
-        "--nonfinite",
-        type=click.Choice(["error", "zero", "min"]),
-        default="error",
-        show_default=True,
-        help="What to do with NaN and infinite values.",
-    ),
+    _choice("--nonfinite", "error zero min", "What to do with NaN and infinite values.", "error"),
     click.option("--bits", type=int, help="Significant bits of a PNG or TIFF."),
-    click.option(
-        "--plane",
-        type=click.Choice(["axial", "coronal", "sagittal", "native"]),
-        default="axial",
-        show_default=True,
-        help="How volumes are sliced.",
-    ),
+    _choice("--plane", "axial coronal sagittal native", "How volumes are sliced.", "axial"),
     click.option("--series", help="Only this SeriesInstanceUID or SeriesNumber."),
     click.option("--frame", type=int, help="Only this frame or slice, counted from 0."),
     click.option("--time-index", type=int, help="Which time point of a 4-D volume."),
-    click.option("--include-secondary", is_flag=True, help="Also take secondary captures and localisers."),
+    _flag("--include-secondary", "Also take secondary captures and localisers."),
     click.option("--assume-syntax", metavar="UID", help="Transfer syntax of DICOM files that do not state it."),
-    click.option("--assume-affine", is_flag=True, help="Accept NIfTI files without orientation."),
+    _flag("--assume-affine", "Accept NIfTI files without orientation."),
 )
 
 fitting = _together(
-    click.option(
-        "--fit",
-        type=click.Choice(["pad", "stretch", "crop", "tile"]),
-        help="How pictures become squares.  [default: pad]",
-    ),
+    _choice("--fit", "pad stretch crop tile", "How pictures become squares.  [default: pad]"),
     click.option("--size", type=int, help="Pixels a side, a multiple of 16.  [default: the model's]"),
-    click.option("--preset", type=click.Choice(["published"]), help="Fit as the published batch script does."),
+    _choice("--preset", "published", "Fit as the published batch script does."),
 )
 
 computing = _together(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option(
-        "--precision",
-        type=click.Choice(["fp32", "tf32", "bf16", "fp16", "int8", "fp8"]),
-        default="fp32",
-        show_default=True,
-    ),
-    click.option(
+    _choice("--precision", "fp32 tf32 bf16 fp16 int8 fp8", "", "fp32"),
+    _choice(
         "--backend",
-        type=click.Choice(["auto", "native", "triton", "reference"]),
+        "auto native triton reference",
+        "Which kernels run.  [default: auto]",
         callback=_backend,
         is_eager=True,
         expose_value=False,
-        help="Which kernels run.  [default: auto]",
     ),
 )
 
@@ -122,7 +114,7 @@ modelling = _together(
 
 batching = _together(
     click.option("--batch-size", type=int, help="Pictures a pass.  [default: 16]"),
-    click.option("--no-stable", is_flag=True, help="Let ids depend on the batch, for speed."),
+    _flag("--no-stable", "Let ids depend on the batch, for speed."),
 )
 
 exporting = _together(
@@ -132,27 +124,21 @@ exporting = _together(
         type=click.Choice(["png", "png16", "nifti", "npy"]),
         help="Format.  [default: NIfTI for volumes, PNG for other pictures]",
     ),
-    click.option(
+    _choice(
         "--values",
-        type=click.Choice(["display", "native"]),
-        help="8-bit display values, or the source's unit.  [default: native in NIfTI and npy, else display]",
+        "display native",
+        "8-bit display values, or the source's unit.  [default: native in NIfTI and npy, else display]",
     ),
 )
 
 naming = _together(
     click.option("--columns", default="", metavar="A,B", help="Manifest columns to copy (they may hold PHI)."),
-    click.option("--keep-names", is_flag=True, help="Write names and paths instead of keyed hashes."),
+    _flag("--keep-names", "Write names and paths instead of keyed hashes."),
 )
 
-failing = click.option(
-    "--on-error",
-    type=click.Choice(["fail", "skip"]),
-    default="fail",
-    show_default=True,
-    help="Stop at the first failing input, or list it and go on.",
-)
-overwriting = click.option("--overwrite", is_flag=True, help="Replace an output that is there.")
-planning = click.option("--dry-run", is_flag=True, help="Read everything, write nothing, say what would fail.")
+failing = _choice("--on-error", "fail skip", "Stop at the first failing input, or list it and go on.", "fail")
+overwriting = _flag("--overwrite", "Replace an output that is there.")
+planning = _flag("--dry-run", "Read everything, write nothing, say what would fail.")
 
 bulk = _together(
     click.option(
@@ -161,12 +147,11 @@ bulk = _together(
         help="Processes that read files and, on a CPU, run a small model; 0: none.  [default: by the machine]",
     ),
     click.option("--shard-size", type=int, default=8192, show_default=True, help="Rows a part of a folder, about."),
-    click.option(
+    _choice(
         "--engine",
-        type=click.Choice(["local", "torchrun", "ray"]),
-        default="local",
-        show_default=True,
-        help="Who makes the parts: this process, the processes of torchrun, or actors of Ray.",
+        "local torchrun ray",
+        "Who makes the parts: this process, the processes of torchrun, or actors of Ray.",
+        "local",
     ),
 )
 
@@ -178,30 +163,9 @@ speaking = _together(
         callback=report_file,
         help="Write a report as JSON (- for stdout).",
     ),
-    click.option(
-        "--log-json",
-        is_flag=True,
-        expose_value=False,
-        callback=_speak("log_json"),
-        is_eager=True,
-        help="Log lines on stderr as JSON, without names.",
-    ),
-    click.option(
-        "--quiet",
-        is_flag=True,
-        expose_value=False,
-        callback=_speak("quiet"),
-        is_eager=True,
-        help="Only warnings and errors.",
-    ),
-    click.option(
-        "--debug",
-        is_flag=True,
-        expose_value=False,
-        callback=_speak("debug"),
-        is_eager=True,
-        help="Show where an error came from.",
-    ),
+    _manner("--log-json", "Log lines on stderr as JSON, without names."),
+    _manner("--quiet", "Only warnings and errors."),
+    _manner("--debug", "Show where an error came from."),
 )
 
 
