@@ -2,7 +2,8 @@
 
 The transformers gain from large batches and need little memory; the maps at full resolution need nearly all of it. On
 a CPU one image at a time is also fastest: its maps stay in the last-level cache, and freed memory is used again instead
-of being fetched fresh from the system, page by page.
+of being fetched fresh from the system, page by page. And PyTorch's convolutions and products then always see one shape,
+so that an image's bits do not depend on its batch: stable mode counts on that (tokenizer.py).
 """
 
 from __future__ import annotations

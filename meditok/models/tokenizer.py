@@ -18,6 +18,7 @@ from ..nn.blocks import EPS, BottleneckBlock
 from ..nn.linear import Linear
 from ..nn.quantizer import MultiCodebookQuantizer
 from ..nn.versions import version
+from ..ops.linear import fused
 from .checks import as_ids, as_images, is_described, square_grid
 from .config import PATCH, TokenizerConfig
 from .graphs import GraphCache
@@ -245,7 +246,7 @@ class Tokenizer(nn.Module):
     ) -> torch.Tensor:
         if self.graphs is not None:
             run = functools.partial(self.graphs, (call, self.precision, self._versions()), run)
-        if not stable or not len(batch):
+        if not stable or not len(batch) or self._any_batch_is_stable():
             return run(batch)
         size = STABLE_CHUNK.get(batch.device.type, 1)
         parts = []
@@ -253,6 +254,15 @@ class Tokenizer(nn.Module):
             padded = torch.cat([chunk, chunk[:1].expand(size - len(chunk), *chunk.shape[1:])])
             parts.append(run(padded)[: len(chunk)])
         return torch.cat(parts)
+
+    def _any_batch_is_stable(self) -> bool:
+        """Whether an image's result is the same bits in any batch, so that stable mode need not cut batches up.
+
+        In float32 on a CPU our kernels, norms and element-wise sums treat every row alike wherever it stands, and what
+        is left to PyTorch's convolutions and products takes one image at a time (plan.py). Ranges of int8, PyTorch's
+        own products and compiled graphs depend on the batch.
+        """
+        return self.precision == "fp32" and fused(self.codebook) and not torch.compiler.is_compiling()
 
     # -- description ---------------------------------------------------------------------------------------------
     @property

@@ -122,10 +122,10 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         x = self.blocks(tokens)
-        if self.ends == "patches":
-            return self.pixels(x.unflatten(1, grid).permute(0, 3, 1, 2))
-        x = self.norm(x).unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last memory
-        return in_parts(self.convolve, x, self.config, PATCH * grid[0], PATCH * grid[1])
+        x = x if self.ends == "patches" else self.norm(x)
+        run = self.pixels if self.ends == "patches" else self.convolve
+        x = x.unflatten(1, grid).permute(0, 3, 1, 2)  # channels-last memory
+        return in_parts(run, x, self.config, PATCH * grid[0], PATCH * grid[1])
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:  # (B, C, h, w) -> (B, 3, 16h, 16w)
         return self.up_conv4(self.up_conv3(self.up_conv2(self.up_conv1(x))))

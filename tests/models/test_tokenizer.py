@@ -70,32 +70,16 @@ def test_an_empty_batch_gives_an_empty_answer(model):
     assert model.tokenize(pictures(0), stable=True).shape == (0, 8, 16)
 
 
-@pytest.fixture(scope="module")
-def alone(model):
-    """64 pictures, and their tokens and reconstructions made one by one."""
-    x = pictures(64, 32, 32, seed=5)
-    tokens = torch.cat([model.tokenize(one, stable=True) for one in x.split(1)])
-    return x, tokens, torch.cat([model.detokenize(one, stable=True) for one in tokens.split(1)])
-
-
-@pytest.mark.parametrize("batch", [1, 2, 7, 64])
-def test_stable_results_depend_on_neither_batch_nor_position(model, alone, batch):
-    x, tokens, images = alone
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(batch))
-    together = torch.cat([model.tokenize(part, stable=True) for part in x[order].split(batch)])
-    assert torch.equal(together, tokens[order])
-    back = torch.cat([model.detokenize(part, stable=True) for part in together.split(batch)])
-    assert torch.equal(back, images[order])
-
-
-def test_stable_results_do_not_depend_on_the_number_of_threads(model, alone):
-    x, tokens, images = alone
+def test_stable_results_do_not_depend_on_the_number_of_threads(model):
+    x = pictures(8, 32, 32, seed=5)
+    tokens = model.tokenize(x, stable=True)
+    images = model.detokenize(tokens, stable=True)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(model.tokenize(x[:8], stable=True), tokens[:8])
-            assert torch.equal(model.detokenize(tokens[:8], stable=True), images[:8])
+            assert torch.equal(model.tokenize(x, stable=True), tokens)
+            assert torch.equal(model.detokenize(tokens, stable=True), images)
     finally:
         torch.set_num_threads(before)
 
