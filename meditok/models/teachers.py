@@ -293,8 +293,8 @@ class HuggingFaceText(Frozen):
         return masked_mean(self.network(**batch).last_hidden_state, batch["attention_mask"].bool()).float()
 
 
-def load_text(name: str, weights: str | os.PathLike = "") -> TextTeacher:
-    """A text teacher by name, on the CPU; `weights` is the file it needs, if any. Errors as load_vision.
+def load_text(name: str, weights: str | os.PathLike = "", passed: str = PASSED) -> TextTeacher:
+    """A text teacher by name, on the CPU; arguments and errors as of load_vision.
 
     BiomedCLIP's tokenizer (tokenizer.json or vocab.txt of PubMedBERT) must lie in the folder of its weights.
     """
@@ -305,7 +305,7 @@ def load_text(name: str, weights: str | os.PathLike = "") -> TextTeacher:
         network = bert_from_state(read_state(path), path, "MiniLM-L6", head_width=32)
         return OfflineText(network, WordPiece(path.parent, 256, what))
     if name == "biomedclip":
-        path = given_file(weights, "text teacher biomedclip", CARDS["biomedclip"].source, PASSED)
+        path = given_file(weights, "text teacher biomedclip", CARDS["biomedclip"].source, passed)
         network = bert_from_state(read_state(path, "text.transformer."), path, "BiomedCLIP's text tower")
         return BiomedText(network, _projection(path), WordPiece(path.parent, 256, "text teacher biomedclip"))
     if name.startswith("hf:"):

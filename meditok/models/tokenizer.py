@@ -215,7 +215,8 @@ class Tokenizer(nn.Module):
 
         path, tower = self._tower
         if tower is None or path != self.text_weights:
-            tower = load_text(self.config.text_teacher, self.text_weights)
+            passed = "--text-weights=FILE, or set text_weights of the model"
+            tower = load_text(self.config.text_teacher, self.text_weights, passed)
         self._tower = self.text_weights, tower.to(self.device)
         return tower
 

@@ -143,6 +143,9 @@ def test_parts_that_are_not_there_are_named():
         with pytest.raises(MissingPartError) as caught:
             call()
         assert caught.value.exit_code == 4
+    biomed = meditok.build("tiny", seed=0, embed_dim=16, text_teacher="biomedclip", text_width=8)
+    with pytest.raises(MissingPartError, match="pass --text-weights=FILE, or set text_weights of the model"):
+        biomed.embed_text(["a chest X-ray"])
     with pytest.raises(MissingPartError, match="fp8"):
         meditok.load("tiny", precision="fp8")
     with pytest.raises(UsageError, match="vitamin-large"):
