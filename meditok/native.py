@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 6  # number of the entry points' signatures; a core built from other sources is not called
+INTERFACE = 7  # number of the entry points' signatures; a core built from other sources is not called
 BACKENDS = ("auto", "native", "triton", "reference")
 LEVELS = ("scalar", "avx2", "avx512", "avx512vnni", "neon")
 WISH = os.environ.get("MEDITOK_BACKEND", "auto") or "auto"

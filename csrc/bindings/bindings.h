@@ -10,7 +10,7 @@
 namespace meditok {
 
 // Signatures of the entries, as meditok/native.py expects them; raise both together.
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 using Address = std::uintptr_t;
 

@@ -60,14 +60,15 @@ struct LookupParams {
 //   slot    int32 (T, 32)          which code stands there and in the next part, rising
 //   int8    uint8 (T8, quads, 32, 4)  cosine: the same scaled to 8 bits, plus 128, four columns each; T8 is T rounded up
 //           to groups of 8 tiles, and what stands at 16 l + p of a group in the int16 part stands here at 16 p + l
+//   centre  double (width)         cosine, centred: the mean of the unit codes, from which the filter codes are measured
 // The filter does not look for codes with a NaN or infinity, for padding, nor for exact copies of an earlier
-// code. The last three parts have room for widths kIntegerNarrowest..kInt16Widest (the last: kInt8Widest) only, are read
-// by CPU only, and hold something where int16_codes > 0 (the last: int8_reach > 0). vq_filter.h says when; int8, and
+// code. Int16, slot and int8 have room for widths kIntegerNarrowest..kInt16Widest (int8: kInt8Widest) only, are read
+// by CPU only, and hold something where int16_codes > 0 (int8: int8_reach > 0); so does centre, up to kCentredWidest. vq_filter.h says when; int8, and
 // int16 beyond 32 columns, only where the instruction set reads them.
 
 constexpr int64_t kTileCodes = 32;
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kIntegerNarrowest = 3, kInt16Widest = 2048, kInt8Widest = 32;
+constexpr int64_t kIntegerNarrowest = 3, kInt16Widest = 2048, kInt8Widest = 32, kCentredWidest = 32;
 constexpr int64_t kGroupTiles = 8, kGroupCodes = kGroupTiles * kTileCodes;
 constexpr int64_t kInt8MostCodes = 16384;
 
@@ -82,6 +83,7 @@ struct PackedGroup {
     int64_t unsafe;           // codes so long or short that the float filter cannot be trusted
     int64_t int16_codes = 0;  // codes in the int16 part, 0 where it is not used
     double last_column = 0;   // l2: what the int16 filter appends to x; 0 for cosine
+    int64_t centred = 0;      // cosine: whether the filter codes are measured from their mean, as for l2
     double int8_reach = 0;    // the largest sum of the magnitudes of a code before it was rounded to 8 bits
 };
 
@@ -90,7 +92,8 @@ constexpr uint64_t kPackedMagic = 0x3276716b6f746964ull;
 struct PackedLayout {
     int64_t tiles;                    // per group
     size_t group_bytes, total_bytes;  // of a group, of everything
-    size_t tile_at, bias_at, radius_at, reach_at, norm_at, int16_at, slot_at, int8_at;  // within a group
+    size_t tile_at, bias_at, radius_at, reach_at, norm_at, int16_at, slot_at, int8_at,
+        centre_at;  // within a group
 };
 
 MEDITOK_HD inline size_t align_up(size_t bytes) {
@@ -123,7 +126,9 @@ MEDITOK_HD inline PackedLayout packed_layout(int64_t groups, int64_t codes, int6
     layout.slot_at = layout.int16_at + align_up(slots * pairs * 2 * sizeof(int16_t));
     layout.int8_at = layout.slot_at + align_up(slots * sizeof(int32_t));
     const size_t slots8 = (slots + kGroupCodes - 1) / kGroupCodes * kGroupCodes;
-    layout.group_bytes = layout.int8_at + align_up(slots8 * quads * 4);
+    layout.centre_at = layout.int8_at + align_up(slots8 * quads * 4);
+    const size_t centre = width <= kCentredWidest ? static_cast<size_t>(width) : 0;
+    layout.group_bytes = layout.centre_at + align_up(centre * sizeof(double));
     layout.total_bytes = align_up(sizeof(PackedHeader)) + static_cast<size_t>(groups) * layout.group_bytes;
     return layout;
 }
@@ -139,6 +144,7 @@ struct PackedView {
     const int16_t* int16;  // (T, pairs, 32, 2)
     const int32_t* slot;   // (T, 32)
     const uint8_t* int8;   // (T8, quads, 32, 4)
+    const double* centre;  // (width)
 };
 
 MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const PackedLayout& layout,
@@ -155,6 +161,7 @@ MEDITOK_HD inline PackedView packed_view(const unsigned char* packed, const Pack
     view.int16 = reinterpret_cast<const int16_t*>(base + layout.int16_at);
     view.slot = reinterpret_cast<const int32_t*>(base + layout.slot_at);
     view.int8 = base + layout.int8_at;
+    view.centre = reinterpret_cast<const double*>(base + layout.centre_at);
     return view;
 }
 

@@ -253,6 +253,7 @@ class BlockSearch {
             return;
         }
         double scale = 1.0;
+        const double* centre = nullptr;
         bool filter = plan_.kernel.run != nullptr && view_.group->unsafe == 0 && width <= kLargestWidth;
         if (params_.metric == Metric::kCosine) {
             if (largest == 0.0) {  // every score is 0
@@ -260,13 +261,19 @@ class BlockSearch {
                 return;
             }
             filter = filter && largest < kLargestCosine && largest > kSmallestCosine;
-            int exponent;
-            std::frexp(largest, &exponent);
-            if (filter) scale = std::ldexp(1.0, -exponent);
+            if (view_.group->centred != 0) {
+                centre = view_.centre;
+                filter = filter && scalable();
+                scale = 1.0 / std::sqrt(square_);
+            } else if (filter) {
+                int exponent;
+                std::frexp(largest, &exponent);
+                scale = std::ldexp(1.0, -exponent);
+            }
         }
         float* x = x_ + count_ * width;
         for (int64_t i = 0; i < width && filter; ++i) {
-            const double value = wide_[i] * scale;
+            const double value = wide_[i] * scale - (centre != nullptr ? centre[i] : 0.0);
             sum += value * value;
             x[i] = static_cast<float>(value);
         }
@@ -337,12 +344,13 @@ class BlockSearch {
 
     void run_float() {
         const int64_t width = params_.codebook.width;
+        const Bound bound = view_.group->centred != 0 ? make_centred_bound(width) : make_bound(width);
         for (float_begin_ = 0; float_begin_ < count_; float_begin_ += plan_.float_rows) {
             const int64_t left = count_ - float_begin_;
             plan_.kernel.run({x_ + float_begin_ * width, x_norm_ + float_begin_,
                               left < plan_.float_rows ? left : plan_.float_rows, width, view_,
-                              plan_.layout.tiles, plan_.chunk_tiles, plan_.chunks, make_bound(width),
-                              params_.metric, reinterpret_cast<float*>(lanes_), reach_, candidate, this});
+                              plan_.layout.tiles, plan_.chunk_tiles, plan_.chunks, bound, params_.metric,
+                              reinterpret_cast<float*>(lanes_), reach_, candidate, this});
         }
         for (int64_t slot = 0; slot < count_; ++slot) id(rows_[slot].row) = rows_[slot].best.code;
     }

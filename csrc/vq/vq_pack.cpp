@@ -127,6 +127,77 @@ void pack_group(const Codebook& codebook, Metric metric, const PackedLayout& lay
     }
 }
 
+// Mean of the filter codes, the mean square of their distance from it, and the shortest norm.
+struct Spread {
+    std::vector<double> mean;
+    double square = 0.0, shortest = std::numeric_limits<double>::infinity();
+};
+
+Spread spread_of(const PackedView& view, const PackedLayout& layout, int64_t width) {
+    constexpr int64_t kSums = 8;  // so that additions need not wait for each other
+    Spread spread{std::vector<double>(static_cast<size_t>(width))};
+    int64_t count = 0;
+    for (int64_t at = 0; at < layout.tiles * kTileCodes; ++at) {
+        if (!(view.bias[at] > -std::numeric_limits<float>::infinity())) continue;
+        spread.shortest = std::min(spread.shortest, view.norm[at]);
+        ++count;
+    }
+    const double share = 1.0 / static_cast<double>(std::max<int64_t>(count, 1));
+    for (int64_t i = 0; i < width; ++i) {
+        double sums[kSums] = {}, squares[kSums] = {};
+        for (int64_t tile = 0; tile < layout.tiles; ++tile) {  // codes that are none of the filter's are 0
+            const float* column = view.tiles + (tile * width + i) * kTileCodes;
+            for (int64_t lane = 0; lane < kTileCodes; lane += kSums) {
+                for (int64_t l = 0; l < kSums; ++l) {
+                    const double element = column[lane + l];
+                    sums[l] += element;
+                    squares[l] += element * element;
+                }
+            }
+        }
+        double sum = 0.0, square = 0.0;
+        for (int64_t l = 0; l < kSums; ++l) {
+            sum += sums[l];
+            square += squares[l];
+        }
+        spread.mean[i] = sum * share;
+        spread.square += square * share - spread.mean[i] * spread.mean[i];
+    }
+    return spread;
+}
+
+// Measures the filter codes of a cosine codebook from their mean, as if for l2 (vq_filter.h).
+template <class T>
+void centre_codes(const Codebook& codebook, const std::vector<double>& mean, const PackedLayout& layout,
+                  int64_t group, unsigned char* packed) {
+    const int64_t width = codebook.width;
+    const T* codes = static_cast<const T*>(codebook.data) + group * codebook.group_stride;
+    const PackedView view = packed_view(packed, layout, group);
+    PackedGroup& info = *const_cast<PackedGroup*>(view.group);
+    float* tiles = const_cast<float*>(view.tiles);
+    float* reach = const_cast<float*>(view.reach);
+    info.centred = 1;
+    std::copy(mean.begin(), mean.end(), const_cast<double*>(view.centre));
+    std::fill(reach, reach + layout.tiles, 0.0f);
+    for (int64_t code = 0; code < codebook.codes; ++code) {
+        float& bias = const_cast<float&>(view.bias[code]);
+        if (!(bias > -std::numeric_limits<float>::infinity())) continue;
+        const int64_t tile = code / kTileCodes;
+        const double factor = 1.0 / view.norm[code];
+        double square = 0.0;
+        for (int64_t i = 0; i < width; ++i) {
+            const double element = to_double(codes[code * codebook.code_stride + i * codebook.column_stride]);
+            const double centred = element * factor - mean[i];
+            square += centred * centred;
+            tiles[(tile * width + i) * kTileCodes + code % kTileCodes] = static_cast<float>(centred);
+        }
+        bias = static_cast<float>(-0.5 * square);
+        const float radius = static_cast<float>(std::sqrt(square)) * kRoundUp;
+        const_cast<float&>(view.radius[code]) = radius;
+        reach[tile] = std::max(reach[tile], radius);
+    }
+}
+
 // Writes the words of 4 bytes of a code to its place in tiles (T, words, 32).
 template <class Part>
 void put_words(const Part* from, int64_t words, int64_t at, Part* tiles) {
@@ -138,7 +209,7 @@ void put_words(const Part* from, int64_t words, int64_t at, Part* tiles) {
 // The int16 and int8 parts; leaves one out (int16_codes 0, int8_reach 0) where its band would be useless.
 template <class T>
 void pack_integers(const Codebook& codebook, Metric metric, const PackedLayout& layout, int64_t group,
-                   unsigned char* packed) {
+                   double spread, unsigned char* packed) {
     const int64_t width = codebook.width;
     if (width < kIntegerNarrowest || width > kInt16Widest || (width > kSmallWidth && !reads_wide_int16()))
         return;
@@ -150,36 +221,15 @@ void pack_integers(const Codebook& codebook, Metric metric, const PackedLayout& 
     PackedGroup& info = *const_cast<PackedGroup*>(view.group);
     int16_t* tiles = const_cast<int16_t*>(view.int16);
     int32_t* slot = const_cast<int32_t*>(view.slot);
-    if (info.unsafe > 0) return;
-
+    const bool cosine = metric == Metric::kCosine;
     int64_t count = 0;
-    const bool cosine = metric == Metric::kCosine, measured = !cosine || width > kSmallWidth;
-    double longest = 0.0, squares = 0.0;
-    std::vector<double> sums(static_cast<size_t>(width));
+    double longest = cosine ? 1.0 : 0.0;
     for (int64_t code = 0; code < codebook.codes; ++code) {
         if (!(view.bias[code] > -std::numeric_limits<float>::infinity())) continue;
         slot[count++] = static_cast<int32_t>(code);
-        if (!measured) continue;
-        const double factor = cosine ? 1.0 / view.norm[code] : 1.0;
-        double square = 0.0;
-        for (int64_t i = 0; i < width; ++i) {
-            const double element = value(code, i) * factor;
-            sums[i] += element;
-            square += element * element;
-        }
-        longest = std::max(longest, square);
-        squares += square;
+        if (!cosine) longest = std::max(longest, view.norm[code]);
     }
-    longest = std::sqrt(longest);
-    const auto about_mean = [&](double mean_square) {
-        for (const double sum : sums)
-            mean_square -= sum / static_cast<double>(count) * (sum / static_cast<double>(count));
-        return mean_square;
-    };
-    if (measured) {
-        const double spread = about_mean(squares / static_cast<double>(count));
-        if (!(longest >= kInt16SmallestNorm && longest * longest <= int16_spread(width) * spread)) return;
-    }
+    if (!(longest >= kInt16SmallestNorm && longest * longest <= int16_spread(width) * spread)) return;
     double scale = kInt16Length;
     if (!cosine) {
         scale /= longest * std::sqrt(1.5);
@@ -216,12 +266,11 @@ void pack_integers(const Codebook& codebook, Metric metric, const PackedLayout& 
             row8[i] = static_cast<uint8_t>(round_to_int16(element) + 128);
             magnitudes += std::fabs(element);
         }
-        for (int64_t i = 0; i < width && at < count; ++i) sums[i] += scaled[i] / kInt16Length;
         const int64_t group_at = at / kGroupCodes * kGroupCodes, lane = at % kGroupCodes / 16, part = at % 16;
         put_words(row8.data(), quads, group_at + part * 16 + lane, const_cast<uint8_t*>(view.int8));
         reach = std::max(reach, magnitudes);
     }
-    if (int8 && int8_pays(count, width, about_mean(1.0))) info.int8_reach = reach;
+    if (int8 && int8_pays(count, width, spread)) info.int8_reach = reach;
 }
 
 }  // namespace
@@ -236,7 +285,16 @@ void vq_pack_cpu(const Codebook& codebook, Metric metric, unsigned char* packed,
         using T = decltype(element);
         parallel_for(codebook.groups, threads, [&](int, int64_t group) {
             pack_group<T>(codebook, metric, layout, group, packed);
-            pack_integers<T>(codebook, metric, layout, group, packed);
+            if (codebook.width > kInt16Widest) return;
+            const PackedView view = packed_view(packed, layout, group);
+            if (view.group->unsafe > 0) return;
+            const Spread spread = spread_of(view, layout, codebook.width);
+            pack_integers<T>(codebook, metric, layout, group, spread.square, packed);
+            // A code whose norm is the floor is shorter than 1 once divided by it.
+            const bool unit = metric == Metric::kCosine && spread.shortest > kFloor;
+            if (unit && codebook.width <= kCentredWidest && spread.square < kCentredSpread) {
+                centre_codes<T>(codebook, spread.mean, layout, group, packed);
+            }
         });
     });
 }

@@ -51,6 +51,8 @@ def packed_bytes(groups: int, codes: int, width: int) -> int:
         per_group += padded(tiles * 32 * ((width + 2) // 2) * 4) + padded(tiles * 32 * 4)
     if 3 <= width <= 32 and codes <= 16384:  # the int8 part
         per_group += padded(-(-tiles // 8) * 256 * -(-width // 4) * 4)
+    if width <= 32:  # the centre
+        per_group += padded(width * 8)
     return align + groups * per_group
 
 

@@ -222,6 +222,9 @@ def test_the_avx512_sources_give_the_same_ids(emulated, metric):
     x = torch.cat([ordinary, torch.zeros(1, 1, 8), ordinary * 1e20, torch.full((1, 1, 8), torch.nan)])
     for name, codebook in adversarial_codebooks(333, 8).items():
         assert_same_ids(emulated(x, codebook, metric), reference.vq_assign(x, codebook, metric=metric), name)
+    cone = randn(1, 1, 8, seed=1) + 0.01 * randn(1, 500, 8, seed=2)
+    x = torch.cat([ordinary, cone[0, ::9, None] + 0.005 * randn(56, 1, 8, seed=3)])
+    assert_same_ids(emulated(x, cone, metric), reference.vq_assign(x, cone, metric=metric), "a narrow cone")
     for seed in range(4):
         x, codebook = near_ties(300, 8, seed)
         x = x.repeat(20, 1, 1)

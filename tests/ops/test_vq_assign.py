@@ -124,6 +124,24 @@ def test_crowded_codes(level, metric):
         assert_same_ids(ops.vq_assign(x, codebook, metric=metric), reference.vq_assign(x, codebook, metric=metric))
 
 
+@pytest.mark.parametrize("width", [1, 3, 8, 32, 33])
+@pytest.mark.parametrize("spread", [0.2, 1e-2, 1e-4, 1e-7])
+def test_cosine_codes_in_a_narrow_cone(level, width, spread):
+    """Scores that float32 cannot tell apart near 1: rows in the cone, beside it and opposite, of any length, find their
+    code among hundreds, some of them far out in the cone, equal, or one ulp apart."""
+    direction = randn(1, 1, width, seed=1)
+    tail = randn(1, 700, 1, seed=2).exp()
+    codebook = direction + spread * tail * randn(1, 700, width, seed=3)
+    codebook[:, 600:650] = codebook[:, :50]
+    codebook[:, 650:] = torch.nextafter(codebook[:, 50:100], torch.tensor(torch.inf))
+    lengths = 10.0 ** torch.linspace(-30, 30, 100).view(-1, 1, 1)
+    near = direction + spread * randn(100, 1, width, seed=4)
+    x = torch.cat([near * lengths, -near, randn(50, 1, width, seed=5), codebook[0, ::20, None] * 3, near[:1] * 0])
+    for book in (codebook, codebook * 1e-20, torch.cat([codebook, torch.zeros(1, 1, width)], dim=1)):
+        assert_same_ids(ops.vq_assign(x, book), reference.vq_assign(x, book))
+        assert_same_ids(ops.vq_assign(x.double(), book.double()), reference.vq_assign(x.double(), book.double()))
+
+
 @pytest.mark.skipif(native.backend != "native", reason="the compiled core does not run")
 def test_every_row_of_a_block_may_take_another_path(level):
     """Rows for the 16-bit filter, for float32, for the float64 loop and for none, side by side, keep their ids."""

@@ -13,7 +13,7 @@ from meditok.ops import reference
 
 from .helpers import assert_same_ids, near_ties, quantisation_edges, randn
 
-GROUP_AT, REACH_AT = 64, 40  # csrc/vq/vq.h: where a packed codebook's first group starts, and its int8_reach in it
+GROUP_AT, REACH_AT = 64, 48  # csrc/vq/vq.h: where a packed codebook's first group starts, and its int8_reach in it
 
 
 def uses_int8(codebook: torch.Tensor) -> bool:
