@@ -14,7 +14,9 @@ constexpr int kInterface = 7;
 
 using Address = std::uintptr_t;
 
+// A new entry is a line here and, at the same place, its name below.
 enum Entry {
+    kTemplateOp,
     kVqPack,
     kVqAssign,
     kVqLookup,
@@ -28,6 +30,7 @@ enum Entry {
     kDepthwise,
     kUpsampleDifferences,
     kUpsampleGather,
+    kTemplateOpCuda,
     kVqPackCuda,
     kVqAssignCuda,
     kVqLookupCuda,
@@ -39,7 +42,8 @@ enum Entry {
     kAttentionBackwardCuda,
     kEntries
 };
-constexpr const char* kEntryNames[kEntries] = {"vq_pack",
+constexpr const char* kEntryNames[kEntries] = {"template_op",
+                                               "vq_pack",
                                                "vq_assign",
                                                "vq_lookup",
                                                "vq_quantize",
@@ -52,6 +56,7 @@ constexpr const char* kEntryNames[kEntries] = {"vq_pack",
                                                "depthwise",
                                                "upsample_differences",
                                                "upsample_gather",
+                                               "template_op_cuda",
                                                "vq_pack_cuda",
                                                "vq_assign_cuda",
                                                "vq_lookup_cuda",
@@ -61,6 +66,7 @@ constexpr const char* kEntryNames[kEntries] = {"vq_pack",
                                                "vq_update_cuda",
                                                "attention_cuda",
                                                "attention_backward_cuda"};
+static_assert(kEntryNames[kEntries - 1] != nullptr, "an entry has no name");
 extern std::atomic<int64_t> entry_calls[kEntries];
 
 inline void count_call(Entry entry) {
@@ -72,6 +78,7 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+void bind_template_op(pybind11::module_& module);
 void bind_vq(pybind11::module_& module);
 void bind_vq_train(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);

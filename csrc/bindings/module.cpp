@@ -1,6 +1,5 @@
 #include "bindings/bindings.h"
 #include "common/isa.h"
-#include "template_op/template_op.h"
 
 #if defined(MEDITOK_HAVE_CUDA)
 #include "common/cuda_info.h"
@@ -73,13 +72,7 @@ PYBIND11_MODULE(_core, module) {
     bind_vq_train(module);
     bind_attention(module);
     bind_model(module);
-    module.def(
-        "template_op",
-        [](Address x, int64_t size, int64_t stride, Address out, int threads) {
-            template_op_cpu({reinterpret_cast<const float*>(x), size, stride, reinterpret_cast<float*>(out)},
-                            threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
+    bind_template_op(module);
 }
 
 }  // namespace meditok

@@ -1,17 +1,13 @@
-// template_op: the smallest complete op. out[i] = x[i]. Copy this folder to start a new op; the steps are:
-//   1. x.h (this file): two sentences of mathematics, the params struct with shapes, the entry points, what is
-//      covered.
-//   2. x_scalar.cpp: loops a student could have written; states accumulation type, ties, NaN.
-//   3. x_simd.inl.h + x_avx2.cpp (x_avx512.cpp, x_neon.cpp): the algorithm once, the instruction set per file;
-//      add the files to ISA_SOURCES in CMakeLists.txt, the suffix brings the flags.
-//   4. x_cpu.cpp: the dispatch table, blocks, threads.
-//   5. x.cu: kernel, launch, entry (later x_<variant>.cu files and an x_cuda.cpp that chooses among them).
-//   6. bindings/x_bindings.cpp, a line in bindings.h, and the entry's name in kEntryNames; raise kInterface.
-//   7. meditok/ops/reference.py (the PyTorch twin), meditok/ops/x.py (see vq.py: checks, schema and kernels, fake,
-//      autograd, public), meditok/ops/_native.py (the call).
-//   8. tests/ops/test_x.py against the reference on every level, opcheck at its end; bench/bench_x.py.
+// template_op: the smallest complete op. out[i] = x[i]. CONTRIBUTING.md, "A new op, in order", starts from this folder:
+//   x.h                          two sentences of mathematics, the params struct with shapes, the entry points
+//   x_scalar.cpp                 loops a student could have written; accumulation type, ties, NaN
+//   x_simd.inl.h, x_avx2.cpp ... the algorithm once, the instruction set per file
+//   x_cpu.cpp                    the dispatch table, blocks, threads
+//   x.cu                         kernel, launch, entry (later x_<variant>.cu files and an x_cuda.cpp that chooses)
 //
-// Types: float32. Sizes: any, 0 included. Strides count elements, may be negative or zero.
+// Types: float32; an op for more takes `const void*` and a Dtype (common/dtype.h), and leaves to the scalar file what
+// the vectors of common/, which are of float32, do not cover. Sizes: any, 0 included. Strides count elements, may be
+// negative or zero.
 #pragma once
 
 #include <cstdint>

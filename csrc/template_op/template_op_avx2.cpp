@@ -9,16 +9,7 @@ namespace meditok {
 
 namespace {
 
-using Vec = __m256;
-constexpr int64_t kWidth = 8;
-
-MEDITOK_INLINE Vec load(const float* p) {
-    return _mm256_loadu_ps(p);
-}
-MEDITOK_INLINE void store(float* p, Vec v) {
-    _mm256_storeu_ps(p, v);
-}
-
+#include "common/vector_avx2.inl.h"
 #include "template_op/template_op_simd.inl.h"
 
 }  // namespace

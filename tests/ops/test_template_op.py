@@ -19,6 +19,19 @@ def test_the_template_op_copies(size):
         native.core.choose_isa(level)
         for stride, threads in ((1, 1), (2, 2)):
             out = torch.empty(size)
-            native.core.template_op(x.data_ptr(), size, stride, out.data_ptr(), threads)
+            with native.count_calls() as calls:
+                native.core.template_op(x.data_ptr(), size, stride, out.data_ptr(), threads)
+            assert calls["template_op"] == 1
             assert torch.equal(out, x[: size * stride : stride])
     native.core.choose_isa(native.isa or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("size", [0, 1, 255, 20_000])
+def test_the_template_op_copies_on_a_gpu(size):
+    x = randn(2 * size).cuda()
+    out = torch.empty(size, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    native.core.template_op_cuda(x.data_ptr(), size, 2, out.data_ptr(), x.device.index, stream)
+    assert torch.equal(out, x[::2])
