@@ -311,9 +311,9 @@ class BlockSearch {
         filter.found = [](void* context, int64_t slot, const int32_t* codes, int64_t count) {
             BlockSearch& self = *static_cast<BlockSearch*>(context);
             const int64_t row = self.int8_.row[slot];
-            if (self.settle(row, codes, count)) return;
+            if (count >= 0 && self.settle(row, codes, count)) return;
             self.widen_again(row);
-            self.prepare_int16(row);
+            if (count >= 0 || !self.prepare_int16(row)) self.prepare(row);
         };
         plan_.kernel.run_int8({filter, int8_.x + plan_.block_rows * int8_.words,
                                reinterpret_cast<const int32_t*>(view_.int16), int16_.words, band16()});

@@ -66,7 +66,8 @@ struct IntegerBlock {
     int64_t codes;         // slots in use
     int64_t tile_count, chunk_tiles, chunks;
     int32_t* lanes;  // scratch (rows, chunks, kWidth): the largest F of each chunk and lane
-    // Called once for each row with the codes in its band, rising; more than kIntegerCandidates are cut off there.
+    // Called once for each row with the codes in its band, rising; more than kIntegerCandidates are cut off there. -1 of
+    // them: too many lanes were in the int8 band to be looked at in 16 bits.
     void (*found)(void* context, int64_t row, const int32_t* codes, int64_t count);
     void* context;
 };

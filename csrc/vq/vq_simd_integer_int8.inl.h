@@ -65,7 +65,11 @@ void int8_candidates(const Int8Block& block, int64_t row, int64_t rows, const in
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t first = half_tiles.first[r], last = half_tiles.first[r + 1];
         int32_t found[kIntegerCandidates + 1];
-        int64_t count = last - first > kInt8HalfTiles ? kIntegerCandidates + 1 : 0;
+        int64_t count = 0;
+        if (last - first > kInt8HalfTiles) {
+            block.filter.found(block.filter.context, row + r, nullptr, -1);
+            continue;
+        }
         const IVec limit = fill_int(limits16[r]);
         for (int64_t i = first; i < last; ++i) {
             uint32_t mask = above(load_int(scores + i * kWidth), limit);
