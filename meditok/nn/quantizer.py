@@ -12,13 +12,15 @@ What moves the codes is exactly one of
     "frozen"    nothing: no averages, no revival, no gradient
 Forward passes in training mode only add to buffers; `update()` sums them over the processes, moves the codes, and at
 the end of a window revives dead ones. So gradient accumulation counts once and no backward meets a changed codebook.
-`eval()` changes no buffer. Under DistributedDataParallel pass broadcast_buffers=False: what a process has seen since
-the last update is its own. Keep the module in float32, and out of activation checkpointing, which would count twice.
+`eval()` changes no buffer. Under DistributedDataParallel pass forward_sync_buffers=False (broadcast_buffers=False to
+a PyTorch without it): what a process has seen since the last update is its own. Keep the module in float32, and out of
+activation checkpointing, which would count twice.
 """
 
 from __future__ import annotations
 
 import logging
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -68,6 +70,15 @@ class _Quantizer(nn.Module):
         super().__init__()
         if metric not in ("cosine", "l2"):
             raise UsageError(f"metric={metric!r} is unknown; choose cosine or l2")
+        if not all(isinstance(size, Integral) and size > 0 for size in shape):
+            raise UsageError(f"{shape} codebooks, codes and width were given; whole numbers above 0 are needed")
+        if not 0 <= decay <= 1:
+            raise UsageError(f"decay={decay!r} is outside 0..1; 0.99 is usual")
+        if not isinstance(window, Integral) or window < 1:
+            raise UsageError(f"window={window!r} is not a number of steps; 1 or more is needed, 50 is usual")
+        for name, value in (("eps", eps), ("dead_share", dead_share)):
+            if not value >= 0:
+                raise UsageError(f"{name}={value!r} is not 0 or more")
         self.metric, self.rotation = metric, rotation
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
@@ -101,6 +112,10 @@ class _Quantizer(nn.Module):
         self._codebook_update = mode
         self.state = CodebookState(*codebook.shape, mode, self.save_state or mode == "ema").to(codebook.device)
         self._restart()
+
+    def extra_repr(self) -> str:
+        groups, codes, width = self.codebook.shape
+        return f"{groups} x {codes} codes of width {width}, {self.metric}, codebook_update={self.codebook_update}"
 
     def _restart(self) -> None:
         self.state.restart(self.codebook, self.metric)

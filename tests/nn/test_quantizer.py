@@ -37,6 +37,32 @@ def test_exactly_one_thing_moves_the_codebook(kind):
         KINDS[kind]("sgd")
 
 
+@pytest.mark.parametrize(
+    "shape, settings, message",
+    [
+        ((0, 4), {}, "(1, 0, 4)"),
+        ((8, 0), {}, "(1, 8, 0)"),
+        ((8.0, 4), {}, "(1, 8.0, 4)"),
+        ((8, 4), dict(decay=1.5), "decay=1.5"),
+        ((8, 4), dict(window=0), "window=0"),
+        ((8, 4), dict(eps=-1e-5), "eps=-1e-05"),
+        ((8, 4), dict(dead_share=-1), "dead_share=-1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(shape, settings, message):
+    """When the module is made, in one line that names the value."""
+    with pytest.raises(UsageError, match=re.escape(message)) as raised:
+        VectorQuantizer(*shape, **settings)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_form_tells_the_shape_and_what_moves_the_codes(kind):
+    text = str(KINDS[kind]("frozen"))
+    groups, codes, width = KINDS[kind]("frozen").codebook.shape
+    assert f"{groups} x {codes} codes of width {width}" in text and "codebook_update=frozen" in text
+
+
 def test_frozen_is_one_switch_for_averages_revival_and_gradients():
     """A quantiser switched in the middle of training keeps its codes for good, and its ids are those of eval mode."""
     quantizer = several("ema", window=1, revive=True)
