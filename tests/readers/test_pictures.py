@@ -136,6 +136,12 @@ def test_shifted_hu_in_a_16_bit_png_need_the_bias(tmp_path):
         read(path, modality="ct")
 
 
+def test_an_8_bit_ct_is_told_both_ways_to_name_another_modality(tmp_path):
+    """`meditok train` has no option --modality: there it is a column of the manifest."""
+    with pytest.raises(IntensityError, match=r"give the DICOM, or another modality \(option or column\)"):
+        read(png(tmp_path / "ct.png", np.zeros((8, 8), np.uint8)), modality="ct")
+
+
 @pytest.mark.parametrize("value", [0, 7, 255])
 def test_a_constant_picture_is_minus_one_and_its_value_is_kept(tmp_path, value):
     """Recorded as low = high, so that native values come back."""

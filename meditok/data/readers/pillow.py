@@ -248,7 +248,7 @@ class PictureFile:
             what = f"{8 if high == 255 else 1}-bit {self.syntax}"
             raise IntensityError(
                 f"{self.where}: ct needs HU; got {what} {low:g}..{high:g}; "
-                "give the DICOM, or another --modality if the picture only shows a CT"
+                "give the DICOM, or another modality (option or column) if the picture only shows a CT"
             )
         bias = self.options.ct_bias
         if bias is None:
