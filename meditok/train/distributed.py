@@ -16,10 +16,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..errors import MeditokError
 from ..models.files import pick_device
 
 TIMEOUT = timedelta(seconds=float(os.environ.get("MEDITOK_DIST_TIMEOUT", "600")))
 PATIENCE = timedelta(days=7)
+
+
+class LostProcessError(MeditokError):
+    """Another process of the run ended, or did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ ALONE = World(0, 1, torch.device("cpu"))
 def world(device: str = "auto") -> Iterator[World]:
     """The world torchrun describes in the environment, or this process alone; gloo on CPU, NCCL on CUDA.
 
-    Errors as `pick_device`; of many processes each takes the CUDA device of its number.
+    Errors as `pick_device`; of many processes each takes the CUDA device of its number, and LostProcessError where
+    another one is gone.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = pick_device(device)
@@ -93,5 +99,12 @@ def world(device: str = "auto") -> Iterator[World]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
         yield World(rank, size, place, dist.new_group(backend="gloo", timeout=PATIENCE))
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LostProcessError(
+            f"rank {rank}: another process has ended, or not answered for {TIMEOUT.total_seconds():.0f} s; "
+            "what it said tells why; the same command goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()

@@ -55,7 +55,9 @@ def start(
     loop.train.
     """
     with distributed.world(device) as world:
-        task = Alignment(config, world)  # first, since a teacher that is not here need not wait for the data
+        # First what is not here, which need not wait for the data.
+        kinds = trackers(config)
+        task = Alignment(config, world)
         say("looking for images")
         items = find_items(config, world)
         task.whole = lambda place: read(items[place], None)
@@ -84,7 +86,7 @@ def start(
                 write_text(out / CONFIG_FILE, _as_json(config, items))
             if record:
                 write_text(out / DATA_FILE, json.dumps(record, indent=1) + "\n")
-        told = trackers(out, config) if world.first else []
+        told = [kind(out, config) for kind in kinds] if world.first else []
         shown = held_out(items, config, SHEET_IMAGES)
 
         def tell(row: dict) -> None:

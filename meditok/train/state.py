@@ -95,7 +95,8 @@ class Run:
         if found is None:
             return False
         tensors, values = found
-        if changed := [f"{key} {was}, now {now}" for key, was, now in _differing(values, setting(self.world))]:
+        changed = [f"{key} {was}, now {now}" for key, was, now in _differing(values, setting(self.world))]
+        if changed and self.world.first:
             warnings.warn(f"going on with {'; '.join(changed)}: the result agrees within rounding only", stacklevel=2)
         for phase, module in self.task.modules.items():
             was, state = module.state_dict(), _part(tensors, f"module.{phase}.")

@@ -28,8 +28,10 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in DIR/tensorboard; what an interrupted run told after the step it goes on from is purged."""
 
+    package = "torch.utils.tensorboard"
+
     def __init__(self, out: Path, config: TrainConfig):
-        self.module, self.folder = require("torch.utils.tensorboard", "--track=tensorboard"), out / "tensorboard"
+        self.module, self.folder = require(self.package, "--track=tensorboard"), out / "tensorboard"
         self.writer = self.module.SummaryWriter(str(self.folder))
 
     def row(self, row: dict[str, float]) -> None:
@@ -54,8 +56,10 @@ class WeightsAndBiases:
     It is told losses, sheets and settings, but no path, command line, source, package list or name of this machine.
     """
 
+    package = "wandb"
+
     def __init__(self, out: Path, config: TrainConfig):
-        self.wandb = require("wandb", "--track=wandb")
+        self.wandb = require(self.package, "--track=wandb")
         name = out / "wandb" / "meditok-run-id"
         if not name.exists():
             name.parent.mkdir(parents=True, exist_ok=True)
@@ -81,15 +85,17 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-KINDS: dict[str, Callable[[Path, TrainConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+KINDS: dict[str, type[TensorBoard | WeightsAndBiases]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-def trackers(out: Path, config: TrainConfig) -> list[Tracker]:
-    """Those that `config.track` names. UsageError: unknown; MissingPartError: its package is not installed."""
+def trackers(config: TrainConfig) -> list[Callable[[Path, TrainConfig], Tracker]]:
+    """Those that `config.track` names, to be made. UsageError: unknown; MissingPartError: a package is not here."""
     names = [name.strip() for name in config.track.split(",") if name.strip()]
     if unknown := [name for name in names if name not in KINDS]:
         raise UsageError(f"--track={config.track}: {unknown[0]!r} is unknown; choose of {', '.join(KINDS)}")
-    return [KINDS[name](out, config) for name in names]
+    for name in names:
+        require(KINDS[name].package, f"--track={name}")
+    return [KINDS[name] for name in names]
 
 
 def _pixels(path: Path) -> np.ndarray:

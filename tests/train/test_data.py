@@ -158,6 +158,15 @@ def test_a_picture_that_one_process_cannot_read_ends_all_with_the_same_words(tmp
     assert len(re.findall("CorruptImageError: .*1.png: PNG cannot be decoded in full", result.stderr)) >= 2
 
 
+def test_a_process_whose_fellow_is_gone_says_so(tmp_path):
+    """The first process cannot make its folder; the other one is waiting for it."""
+    (tmp_path / "out").write_text("a file")
+    options = dict(data=str(stages.pictures(tmp_path / "pictures")), perceptual=0.0, adversarial=0.0, contrastive=0.0)
+    statuses, said = launch.start("stages", [launch.Job(tmp_path / "out", options, 2)])
+    assert statuses == [[1, 1]] and "rank 0: FileExistsError" in said
+    assert "rank 1: LostProcessError: rank 1: another process has ended, or not answered for 30 s; " in said
+
+
 def test_a_batch_that_does_not_divide_is_refused(manifest):
     with pytest.raises(UsageError, match="does not divide by 3 processes"):
         next(data.batches(data.find_items(config(manifest)), config(manifest), start=0, rank=0, world=3))

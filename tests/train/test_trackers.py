@@ -77,6 +77,6 @@ def test_weights_and_biases_is_told_every_row_and_sheet_under_one_name_and_no_pa
     assert not any(b"patient-name" in path.read_bytes() for path in out.glob("wandb/**/*") if path.is_file())
 
 
-def test_an_unknown_tracker_is_one_line(tmp_path):
+def test_an_unknown_tracker_is_one_line():
     with pytest.raises(UsageError, match="--track=paper: 'paper' is unknown; choose of tensorboard, wandb"):
-        trackers(tmp_path, stages.settings(track="paper"))
+        trackers(stages.settings(track="paper"))
