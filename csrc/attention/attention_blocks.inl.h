@@ -69,66 +69,69 @@ MEDITOK_INLINE const T* at(const void* data, const AttentionStrides& strides, in
     return static_cast<const T*>(data) + b * strides.batch + h * strides.head + token * strides.token;
 }
 
-// to[c * Size + t] = factor * from[t, c], zero from t = tokens to Size - 1; up to kWidth floats after it are spoilt.
-// `check` stays 0 as long as everything is finite.
-template <int64_t Size, class T>
-MEDITOK_INLINE void pack_transposed(const T* from, const AttentionStrides& strides, int64_t tokens,
-                                    int64_t width, float factor, float* to, Vec& check) {
-    for (int64_t t0 = 0; t0 < Size; t0 += kWidth) {
-        for (int64_t c0 = 0; c0 < width; c0 += kWidth) {
-            Vec r[kWidth];
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < kWidth; ++i) {
-                r[i] = fill(0.0f);
-                if (t0 + i >= tokens) continue;
-                const T* row = from + (t0 + i) * strides.token + c0 * strides.column;
-                __builtin_prefetch(row + smaller(Size, kWidth) * strides.token);
-                r[i] = mul(read(row, strides.column, width - c0), fill(factor));
-                check = fma(r[i], fill(0.0f), check);
-            }
-            transpose(r);
-            const int64_t count = smaller(kWidth, width - c0);
-#pragma GCC unroll 16
-            for (int64_t c = 0; c < kWidth; ++c) {
-                if (c < count) store(to + (c0 + c) * Size + t0, r[c]);
-            }
-        }
-    }
-}
-
-// to[t * padded + c] = factor * from[t, c], zero from c = width to padded - 1.
-template <class T>
-MEDITOK_INLINE void pack_rows(const T* from, const AttentionStrides& strides, int64_t tokens, int64_t width,
-                              int64_t padded, float factor, float* to, Vec& check) {
+// to[t * padded + c] = factor * from[t, c], zero from c = width to padded - 1 and for the tokens that are missing to a
+// multiple of Step. Returns 0 in all lanes as long as everything is finite.
+template <int64_t Step, class T>
+MEDITOK_INLINE Vec pack_rows(const T* from, const AttentionStrides strides, int64_t tokens, int64_t width,
+                             float factor, float* to, int64_t padded) {
+    const Vec times = fill(factor), zero = fill(0.0f);
+    Vec check = zero;
     for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t c = 0; c < padded; c += kWidth) {
+        for (int64_t c = 0; c < width; c += kWidth) {
             const T* row = from + t * strides.token + c * strides.column;
-            __builtin_prefetch(row + 8 * strides.token);
-            const Vec v = mul(read(row, strides.column, width - c), fill(factor));
+            __builtin_prefetch(row + 16 * strides.token, 0, 2);
+            const Vec v = mul(read(row, strides.column, width - c), times);
             store(to + t * padded + c, v);
-            check = fma(v, fill(0.0f), check);
+            check = fma(v, zero, check);
         }
     }
+    for (int64_t t = tokens; t < whole(tokens, Step); ++t) {
+        for (int64_t c = 0; c < width; c += kWidth) store(to + t * padded + c, zero);
+    }
+    return check;
 }
 
-// The packed keys (or values) of a block, panel by panel: (panels, width, kPanel).
+// to[c * kPanel + t] = factor * rows[t, c] for kWidth rows, whose columns fill whole vectors. Returns what `pack_rows`
+// does.
 template <class T>
-void pack_panels(const T* from, const AttentionStrides& strides, int64_t tokens, int64_t width, float* to,
-                 Vec& check) {
-    for (int64_t t = 0; t < tokens; t += kPanel) {
-        pack_transposed<kPanel>(from + t * strides.token, strides, smaller(kPanel, tokens - t), width, 1.0f,
-                                to + t * width, check);
+MEDITOK_INLINE Vec transpose_rows(const T* rows, int64_t stride, int64_t width, float factor, float* to) {
+    const Vec times = fill(factor), zero = fill(0.0f);
+    Vec check = zero;
+    for (int64_t c0 = 0; c0 < width; c0 += kWidth) {
+        Vec r[kWidth];
+#pragma GCC unroll 16
+        for (int64_t t = 0; t < kWidth; ++t) {
+            __builtin_prefetch(rows + (kWidth + t) * stride + c0, 0, 2);
+            r[t] = mul(load_as(rows + t * stride + c0), times);
+            check = fma(r[t], zero, check);
+        }
+        transpose(r);
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < kWidth; ++c) {
+            if (c0 + c < width) store(to + (c0 + c) * kPanel, r[c]);
+        }
     }
+    return check;
 }
 
-// Queries (or gradients) in groups of kRows: (groups, width, kRows).
+// The keys (or values) of a block times `factor`, transposed, panel by panel: (panels, width, kPanel). Whole vectors of
+// tokens are filled. `square`: room for kWidth packed rows. Returns what `pack_rows` does.
 template <class T>
-void pack_groups(const T* from, const AttentionStrides& strides, int64_t tokens, int64_t width, float factor,
-                 float* to, Vec& check) {
-    for (int64_t t = 0; t < tokens; t += kRows) {
-        pack_transposed<kRows>(from + t * strides.token, strides, smaller(kRows, tokens - t), width, factor,
-                               to + t * width, check);
+Vec pack_panels(const T* from, const AttentionStrides strides, int64_t tokens, int64_t width, float factor,
+                float* square, float* to) {
+    const int64_t padded = whole(width, kWidth);
+    Vec check = fill(0.0f);
+    for (int64_t t = 0; t < tokens; t += kWidth) {
+        const T* rows = from + t * strides.token;
+        float* panel = to + t / kPanel * kPanel * width + t % kPanel;
+        if (tokens - t >= kWidth && width == padded && strides.column == 1) {
+            check = add(check, transpose_rows(rows, strides.token, width, factor, panel));
+        } else {
+            pack_rows<kWidth>(rows, strides, smaller(kWidth, tokens - t), width, factor, square, padded);
+            check = add(check, transpose_rows(square, padded, width, 1.0f, panel));
+        }
     }
+    return check;
 }
 
 // Memory handed out in order, each part aligned to 64 bytes; with base null it only measures.
@@ -186,15 +189,16 @@ MEDITOK_INLINE void tile(const float* a, int64_t a_row, int64_t a_step, const fl
     }
 }
 
-// scores[r, j] = sum_c rows[c, r] panels[j / kPanel, c, j % kPanel] for j < count, rounded up to whole vectors.
+// scores[r, j] = sum_c rows[r * padded + c] panels[j / kPanel, c, j % kPanel] for j < count, rounded up to whole vectors.
 template <int R>
-void multiply_panels(const float* rows, const float* panels, int64_t width, int64_t count, float* scores) {
+void multiply_panels(const float* rows, int64_t padded, const float* panels, int64_t width, int64_t count,
+                     float* scores) {
     for (int64_t j = 0; j < count; j += kPanel) {
         const float* panel = panels + j * width;
         if (count - j > kWidth) {
-            tile<R, 2>(rows, 1, kRows, panel, kPanel, width, nullptr, scores + j, kScoreStride);
+            tile<R, 2>(rows, padded, 1, panel, kPanel, width, nullptr, scores + j, kScoreStride);
         } else {
-            tile<R, 1>(rows, 1, kRows, panel, kPanel, width, nullptr, scores + j, kScoreStride);
+            tile<R, 1>(rows, padded, 1, panel, kPanel, width, nullptr, scores + j, kScoreStride);
         }
     }
 }

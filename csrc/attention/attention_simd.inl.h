@@ -1,14 +1,14 @@
 // Attention on vectors, forward; included after attention_blocks.inl.h.
 //
 // Keys come in blocks of kKeys, whose scores with kRows queries stay in the first cache. The keys are packed transposed,
-// in panels of kPanel of them; queries too, in groups of kRows; values row by row, to whole vectors. Each row keeps its
-// running maximum and sum and is rescaled where a new block raises the maximum (Milakov and Gimelshein 2018). What is done
-// to a row, and in which order, depends on nothing but the row: any cut into items gives the same bits.
+// in panels of kPanel of them; queries and values row by row, to whole vectors. Each row keeps its running maximum and sum
+// and is rescaled where a new block raises the maximum (Milakov and Gimelshein 2018). What is done to a row, and in which
+// order, depends on nothing but the row: any cut into items gives the same bits.
 
 // ---- masks ------------------------------------------------------------------------------------------------
 
 struct Scaling {
-    float sign, magnitude;  // of the scale; the sign, 0 for 0, goes into the packed queries
+    float sign, magnitude;  // of the scale; the sign, 0 for 0, goes into the packed keys
     float factor;           // what takes a finished score to a power of two
     bool biased;            // scores are finished by add_bias
 
@@ -93,7 +93,7 @@ struct ForwardScratch {
         padded = whole(params.width, kWidth);
         const int64_t keys = smaller(kKeys, whole(params.keys, kPanel));
         rows = whole(rows, kRows);
-        q = arena.floats(rows * params.width + kWidth);
+        q = arena.floats(rows * padded);
         k = arena.floats(keys * params.width);
         v = arena.floats(keys * padded);
         scores = arena.floats(kRows * kScoreStride);
@@ -105,27 +105,58 @@ struct ForwardScratch {
     }
 };
 
+// The natural logarithm of x >= 1 within 2^-39 of itself, NaN of NaN: 2 artanh((m - 1) / (m + 1)) and the exponent.
+MEDITOK_INLINE double log_of(double x) {
+    int64_t bits;
+    __builtin_memcpy(&bits, &x, sizeof(bits));
+    const int64_t below = bits - 0x3fe6a09e667f3bcd;  // the bits of sqrt(1/2): m is from there to sqrt(2)
+    const int64_t exponent = below >> 52;
+    bits -= exponent << 52;
+    double m;
+    __builtin_memcpy(&m, &bits, sizeof(m));
+    const double s = (m - 1.0) / (m + 1.0), z = s * s;
+    double sum = 1.0 / 13.0;
+    for (int n = 11; n > 0; n -= 2) sum = sum * z + 1.0 / n;
+    return 2.0 * s * sum + static_cast<double>(exponent) * kLn2 + (x - x);
+}
+
 // The row is complete: writes it, or adds it to the mean, and its lse.
 template <class T>
-void finish_row(const AttentionParams& params, int64_t b, int64_t h, int64_t i, const RowState& state,
-                const float* sums, int64_t padded, float* mean) {
+MEDITOK_INLINE void finish_row(const AttentionParams& params, int64_t b, int64_t h, int64_t i,
+                               const RowState& state, const float* sums, int64_t padded, float* mean) {
     const bool empty = state.sum == 0.0f;
     if (params.lse != nullptr) {
-        const double lse =
-            static_cast<double>(state.shift) * kLn2 + __builtin_log(static_cast<double>(state.sum));
+        const double lse = static_cast<double>(state.shift) * kLn2 + log_of(state.sum);
         params.lse[(b * params.heads + h) * params.queries + i] =
             empty ? __builtin_inff() : static_cast<float>(lse);
     }
     const float share = params.mean ? 1.0f / static_cast<float>(params.heads) : 1.0f;
-    const Vec weight = fill(share / state.sum);
-    T* out = const_cast<T*>(at<T>(params.out, params.out_strides, b, params.mean ? 0 : h, i));
-    for (int64_t c = 0; c < padded; c += kWidth) {
-        const Vec value = empty ? fill(0.0f) : mul(load(sums + c), weight);
-        if (params.mean) {
+    const Vec weight = fill(empty ? 0.0f : share / state.sum);
+    if (params.mean) {
+        for (int64_t c = 0; c < padded; c += kWidth) {
+            const Vec value = empty ? fill(0.0f) : mul(load(sums + c), weight);
             store(mean + c, add(load(mean + c), value));
-        } else {
-            write(out + c * params.out_strides.column, params.out_strides.column, params.width - c, value);
         }
+        return;
+    }
+    T* out = const_cast<T*>(at<T>(params.out, params.out_strides, b, h, i));
+    const int64_t stride = params.out_strides.column, width = params.width;
+    for (int64_t c = 0; c < width; c += kWidth) {
+        const Vec value = empty ? fill(0.0f) : mul(load(sums + c), weight);
+        write(out + c * stride, stride, width - c, value);
+    }
+}
+
+// Rows of the result lie a page or more apart; asked for while their weights are mixed, they are there to be written.
+template <class T>
+MEDITOK_INLINE void prefetch_out(const AttentionParams& params, int64_t b, int64_t h, int64_t i,
+                                 int64_t rows) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (params.mean) return;
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* out = at<T>(params.out, params.out_strides, b, h, i + r);
+        for (int64_t c = 0; c < params.width; c += kLine)
+            __builtin_prefetch(out + c * params.out_strides.column, 1);
     }
 }
 
@@ -136,16 +167,15 @@ bool attend(const AttentionParams& params, int64_t b, int64_t h, int64_t begin, 
     const bool causal = params.mask_kind == MaskKind::kCausal;
     const int64_t width = params.width, padded = scratch.padded;
     const int64_t keys = causal ? smaller(params.keys, end) : params.keys;
-    Vec ignored = fill(0.0f), check = fill(0.0f);
-    pack_groups(at<T>(params.q, params.q_strides, b, h, begin), params.q_strides, end - begin, width,
-                scaling.sign, scratch.q, ignored);
+    pack_rows<kRows>(at<T>(params.q, params.q_strides, b, h, begin), params.q_strides, end - begin, width,
+                     1.0f, scratch.q, padded);
     for (int64_t i = 0; i < end - begin; ++i) scratch.state[i] = RowState{-__builtin_inff(), 0.0f, 0.0f};
     for (int64_t first = 0; first < keys; first += kKeys) {
         const int64_t count = smaller(kKeys, keys - first);
-        pack_panels(at<T>(params.k, params.k_strides, b, h, first), params.k_strides, count, width, scratch.k,
-                    ignored);
-        pack_rows(at<T>(params.v, params.v_strides, b, h, first), params.v_strides, count, width, padded,
-                  1.0f, scratch.v, check);
+        pack_panels(at<T>(params.k, params.k_strides, b, h, first), params.k_strides, count, width,
+                    scaling.sign, scratch.v, scratch.k);
+        const Vec check = pack_rows<1>(at<T>(params.v, params.v_strides, b, h, first), params.v_strides,
+                                       count, width, 1.0f, scratch.v, padded);
         if (params.mask_kind != MaskKind::kNone && !(sum_of(check) == 0.0f)) return false;
         for (int64_t row = 0; row < end - begin; row += kRows) {
             const int64_t rows = smaller(kRows, end - begin - row);
@@ -155,7 +185,7 @@ bool attend(const AttentionParams& params, int64_t b, int64_t h, int64_t begin, 
             float* sums = scratch.sums + row * padded;
             with_rows(rows, [&](auto number) __attribute__((always_inline)) {
                 constexpr int R = decltype(number)::value;
-                multiply_panels<R>(scratch.q + row * width, scratch.k, width, reach, scratch.scores);
+                multiply_panels<R>(scratch.q + row * padded, padded, scratch.k, width, reach, scratch.scores);
                 for (int64_t r = 0; r < rows; ++r) {
                     float* scores = scratch.scores + r * kScoreStride;
                     const int64_t i = begin + row + r, valid = attended(params, i, first, count);
@@ -164,6 +194,7 @@ bool attend(const AttentionParams& params, int64_t b, int64_t h, int64_t begin, 
                     }
                     scale[r] = soften(scores, valid, reach, scaling.factor, scratch.state[row + r]);
                 }
+                prefetch_out<T>(params, b, h, begin + row, rows);
                 mix<R>(scratch.scores, scratch.v, padded, reach, first == 0 ? nullptr : scale, sums);
             });
             if (first + count < attended(params, last, 0, keys)) continue;

@@ -9,7 +9,7 @@ constexpr int64_t kQueries = 48;  // a multiple of every kRows
 
 struct BackwardScratch {
     float *k_panels, *v_panels, *k_rows, *grad_k, *grad_v;  // a block of keys
-    float *q_groups, *g_groups, *q_rows, *g_rows, *p, *ds;  // a block of queries
+    float *q_rows, *g_rows, *p, *ds;                        // a block of queries
     float *bias, *grad_q, *delta, *sum;  // a row; all queries, where there are more blocks of keys
     int64_t padded;
     bool one_block;
@@ -26,8 +26,6 @@ struct BackwardScratch {
         k_rows = arena.floats(keys * padded);
         grad_k = arena.floats((keys + kRows) * padded);
         grad_v = arena.floats((keys + kRows) * padded);
-        q_groups = arena.floats(kQueries * width + kWidth);
-        g_groups = arena.floats(kQueries * width + kWidth);
         q_rows = arena.floats(kQueries * padded);
         g_rows = arena.floats(kQueries * padded);
         p = arena.floats(kQueries * kScoreStride);
@@ -106,14 +104,17 @@ class Backward {
         return sum_of(sum);
     }
 
+    void note(Vec check) { check_ = add(check_, check); }
+
     bool finite() const { return f_.mask_kind == MaskKind::kNone || sum_of(check_) == 0.0f; }
 
     bool block_of_keys(int64_t first, int64_t count, bool only_delta) {
         const int64_t width = f_.width, padded = scratch_.padded;
         const T *k = at<T>(f_.k, f_.k_strides, b_, h_, first), *v = at<T>(f_.v, f_.v_strides, b_, h_, first);
-        pack_panels(k, f_.k_strides, count, width, scratch_.k_panels, check_);
-        pack_panels(v, f_.v_strides, count, width, scratch_.v_panels, check_);
-        pack_rows(k, f_.k_strides, count, width, padded, 1.0f, scratch_.k_rows, check_);
+        note(pack_rows<1>(k, f_.k_strides, count, width, 1.0f, scratch_.k_rows, padded));
+        pack_panels(scratch_.k_rows, AttentionStrides{0, 0, padded, 1}, count, width, scaling_.sign,
+                    scratch_.grad_k, scratch_.k_panels);
+        note(pack_panels(v, f_.v_strides, count, width, 1.0f, scratch_.grad_k, scratch_.v_panels));
         for (int64_t n = 0; n < whole(count, kRows) * padded; ++n)
             scratch_.grad_k[n] = scratch_.grad_v[n] = 0.0f;
         const bool causal = f_.mask_kind == MaskKind::kCausal;
@@ -136,10 +137,9 @@ class Backward {
     void pack_queries(int64_t i, int64_t rows) {
         const T* q = at<T>(f_.q, f_.q_strides, b_, h_, i);
         const int64_t width = f_.width, padded = scratch_.padded;
-        pack_groups(q, f_.q_strides, rows, width, scaling_.sign, scratch_.q_groups, check_);
-        pack_groups(grad(i), params_.grad_out_strides, rows, width, share(), scratch_.g_groups, check_);
-        pack_rows(q, f_.q_strides, rows, width, padded, 1.0f, scratch_.q_rows, check_);
-        pack_rows(grad(i), params_.grad_out_strides, rows, width, padded, share(), scratch_.g_rows, check_);
+        note(pack_rows<kRows>(q, f_.q_strides, rows, width, 1.0f, scratch_.q_rows, padded));
+        note(pack_rows<kRows>(grad(i), params_.grad_out_strides, rows, width, share(), scratch_.g_rows,
+                              padded));
     }
 
     // Weights and their gradients of a register tile's rows, and what they add to the queries' gradients.
@@ -153,8 +153,8 @@ class Backward {
         float* grad_q = scratch_.grad_q + (scratch_.one_block ? row : begin) * padded;
         with_rows(rows, [&](auto number) __attribute__((always_inline)) {
             constexpr int R = decltype(number)::value;
-            multiply_panels<R>(scratch_.q_groups + row * width, scratch_.k_panels, width, reach, p);
-            multiply_panels<R>(scratch_.g_groups + row * width, scratch_.v_panels, width, reach, ds);
+            multiply_panels<R>(scratch_.q_rows + row * padded, padded, scratch_.k_panels, width, reach, p);
+            multiply_panels<R>(scratch_.g_rows + row * padded, padded, scratch_.v_panels, width, reach, ds);
             for (int64_t r = 0; r < rows; ++r) {
                 differentiate(begin + r, first, count, only_delta, p + r * kScoreStride,
                               ds + r * kScoreStride);
