@@ -189,7 +189,9 @@ def _attention_qkv_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
 
 def _unpacked(qkv: Any) -> tuple[Any, Any, Any]:
     """Views (B, H, N, D) of q, k and v in (B, N, 3, H, D)."""
-    return tuple(qkv[:, :, part].swapaxes(1, 2) for part in range(3))
+    if isinstance(qkv, Tensor):
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
+    return tuple(qkv.transpose(2, 0, 3, 1, 4))
 
 
 def _scratch(tensor: Tensor) -> Any:
