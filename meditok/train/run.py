@@ -16,19 +16,8 @@ from ..models.config import PATCH
 from ..models.files import DATA_FILE
 from . import checkpoint, distributed, loop
 from .config import TrainConfig
-from .data import (
-    Batch,
-    Item,
-    Samples,
-    TokenRows,
-    batches,
-    check_items,
-    data_record,
-    find_items,
-    held_out,
-    list_hash,
-    read,
-)
+from .data import Batch, Samples, batches, held_out
+from .items import Item, TokenRows, check_items, data_record, find_items, list_hash, read
 from .report import write_report
 from .start import principal_components
 from .state import setting

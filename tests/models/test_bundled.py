@@ -17,8 +17,8 @@ import meditok
 from meditok.evaluate.metrics import psnr
 from meditok.models.files import bundled
 from meditok.train.config import load_config
-from meditok.train.data import data_record, find_items
 from meditok.train.distributed import World
+from meditok.train.items import data_record, find_items
 
 DATA = Path(os.environ.get("MEDITOK_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 

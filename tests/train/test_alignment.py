@@ -16,8 +16,9 @@ import meditok
 from meditok.cli import run as command
 from meditok.errors import MissingPartError
 from meditok.train import checkpoint
-from meditok.train.data import batches, find_items, read
+from meditok.train.data import batches
 from meditok.train.distributed import World
+from meditok.train.items import find_items, read
 from meditok.train.speed import Speed
 from meditok.train.tasks.alignment import Alignment
 

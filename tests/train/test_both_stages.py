@@ -25,8 +25,8 @@ from meditok.evaluate.text import fitted_ridge, histogram, within
 from meditok.models.files import write_model
 from meditok.train import run
 from meditok.train.config import load_config
-from meditok.train.data import find_items, read
 from meditok.train.distributed import World
+from meditok.train.items import find_items, read
 from meditok.train.tasks.alignment import Alignment
 
 DATA = Path(os.environ.get("MEDITOK_SHARED", Path(__file__).parents[3] / "shared")) / "data"

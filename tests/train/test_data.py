@@ -22,6 +22,7 @@ from meditok.errors import BadInputError, UsageError
 from meditok.train import data
 from meditok.train.config import TrainConfig
 from meditok.train.distributed import World
+from meditok.train.items import check_items, data_record, drawn_window, find_items, read
 
 from . import launch, stages
 
@@ -47,10 +48,10 @@ def manifest(tmp_path):
 
 
 def test_a_manifest_gives_captions_and_modalities_of_its_split(manifest):
-    items = data.find_items(config(manifest))
+    items = find_items(config(manifest))
     assert sorted(item.caption for item in items) == sorted(f"picture {index}" for index in range(11))
-    assert [item.caption for item in data.find_items(config(manifest, split="val"))] == ["picture 11"]
-    texts = {item.caption for item in data.find_items(config(manifest, caption="modality"))}
+    assert [item.caption for item in find_items(config(manifest, split="val"))] == ["picture 11"]
+    texts = {item.caption for item in find_items(config(manifest, caption="modality"))}
     assert texts == {"A ct image", "A us image"}
 
 
@@ -58,7 +59,7 @@ def test_every_row_that_cannot_be_read_is_listed_before_the_first_step(manifest)
     (manifest.parent / "3.png").write_bytes(b"not a picture")
     (manifest.parent / "5.png").unlink()
     with pytest.raises(BadInputError) as failure:
-        data.find_items(config(manifest))
+        find_items(config(manifest))
     assert "2 inputs cannot be trained on" in str(failure.value)
     assert "3.png" in str(failure.value) and "5.png" in str(failure.value) or "row 7" in str(failure.value)
 
@@ -68,7 +69,7 @@ def test_what_was_trained_on_is_recorded_file_by_file_with_what_the_start_was_tr
     meditok.build("tiny", seed=0, **stages.MODEL).save_pretrained(tmp_path / "start")
     (tmp_path / "start" / "data.json").write_text(json.dumps({"files": ["0123456789abcdef"]}))
     made = config(manifest, workers=workers, init=str(tmp_path / "start"))
-    record = data.data_record(data.find_items(made), made, World(0, 1, torch.device("cpu")))
+    record = data_record(find_items(made), made, World(0, 1, torch.device("cpu")))
     files = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in tmp_path.glob("*.png")]
     assert record["images"] == 11 and set(record["files"]) <= {"0123456789abcdef", *files}
     assert len(record["files"]) == 5  # the start's, one of eight equal CT, three photographs
@@ -80,49 +81,49 @@ def test_every_image_is_read_to_its_end_before_the_first_step(manifest, workers)
         path = manifest.parent / name
         path.write_bytes(path.read_bytes()[:-30])
     made = config(manifest, workers=workers)
-    items = data.find_items(made)  # their headers are whole
+    items = find_items(made)  # their headers are whole
     with pytest.raises(BadInputError, match="2 inputs cannot be trained on: .*3.png.*9.png"):
-        data.check_items(items, made, World(0, 1, torch.device("cpu")))
+        check_items(items, made, World(0, 1, torch.device("cpu")))
 
 
 def test_stage_two_needs_a_caption_for_every_image(manifest):
     text = manifest.read_text().replace("picture 4", "")
     manifest.write_text(text)
-    assert len(data.find_items(config(manifest))) == 11  # stage 1 does not
+    assert len(find_items(config(manifest))) == 11  # stage 1 does not
     with pytest.raises(BadInputError, match="4.png: no caption for it"):
-        data.find_items(config(manifest, target="text"))
+        find_items(config(manifest, target="text"))
 
 
 def test_nothing_to_train_on_says_why(manifest):
     with pytest.raises(BadInputError, match="12 not of split test"):
-        data.find_items(config(manifest, split="test"))
+        find_items(config(manifest, split="test"))
     with pytest.raises(UsageError, match="no data"):
-        data.find_items(config(""))
+        find_items(config(""))
 
 
 def test_a_sample_depends_on_the_seed_and_its_number_alone(manifest):
-    items = data.find_items(config(manifest))
+    items = find_items(config(manifest))
     one, same, other = (data.Samples(items, config(manifest, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(one[5][0], same[5][0]) and one[5][1:] == same[5][1:]
     assert [one.pick(i) for i in range(22)] != [other.pick(i) for i in range(22)]
 
 
 def test_every_image_comes_once_a_pass(manifest):
-    samples = data.Samples(items := data.find_items(config(manifest)), config(manifest))
+    samples = data.Samples(items := find_items(config(manifest)), config(manifest))
     for start in (0, 11, 22):
         assert sorted(samples.pick(start + i) for i in range(11)) == list(range(len(items)))
 
 
 def test_balance_draws_modalities_alike(manifest):
-    samples = data.Samples(items := data.find_items(config(manifest)), config(manifest, balance=1.0))
+    samples = data.Samples(items := find_items(config(manifest)), config(manifest, balance=1.0))
     drawn = [items[samples.pick(i)].modality for i in range(2000)]
     assert 0.45 < drawn.count("ct") / 2000 < 0.55  # 8 of the 11 images are CT
 
 
 def test_ct_windows_vary_and_keep_their_meaning(manifest):
-    items = [item for item in data.find_items(config(manifest)) if item.modality == "ct"]
+    items = [item for item in find_items(config(manifest)) if item.modality == "ct"]
     seen = {
-        round(float(data.read(items[0], data.drawn_window(items[0], np.random.default_rng(seed))).mean()), 4)
+        round(float(read(items[0], drawn_window(items[0], np.random.default_rng(seed))).mean()), 4)
         for seed in range(80)
     }
     assert seen == {0.065, 0.8313, 0.075, -0.29, -0.3722}  # 65 HU in default, lung, soft-tissue, full and bone
@@ -131,7 +132,7 @@ def test_ct_windows_vary_and_keep_their_meaning(manifest):
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (1, 2)])
 def test_ranks_and_workers_share_a_run_without_loss(manifest, world, workers):
     made = config(manifest, accumulate=2, workers=workers)
-    items = data.find_items(made)
+    items = find_items(made)
     parts = [list(data.batches(items, made, start=1, rank=rank, world=world)) for rank in range(world)]
     numbers = [number for micro in zip(*parts, strict=True) for batch in micro for number in batch.samples]
     assert numbers == list(range(4, 16))  # steps 1 to 3, in order, whoever reads them
@@ -143,7 +144,7 @@ def test_what_cannot_be_read_in_the_middle_is_one_line_whoever_reads(manifest, w
     (manifest.parent / "3.png").write_bytes((manifest.parent / "3.png").read_bytes()[:-30])
     made = config(manifest, workers=workers, check="open")
     with pytest.raises(BadInputError, match="3.png: PNG cannot be decoded in full.*get the file again$") as error:
-        list(data.batches(data.find_items(made), made, start=0, rank=0, world=1))
+        list(data.batches(find_items(made), made, start=0, rank=0, world=1))
     assert "\n" not in str(error.value) and multiprocessing.active_children() == []
 
 
@@ -169,7 +170,7 @@ def test_a_process_whose_fellow_is_gone_says_so(tmp_path):
 
 def test_a_batch_that_does_not_divide_is_refused(manifest):
     with pytest.raises(UsageError, match="does not divide by 3 processes"):
-        next(data.batches(data.find_items(config(manifest)), config(manifest), start=0, rank=0, world=3))
+        next(data.batches(find_items(config(manifest)), config(manifest), start=0, rank=0, world=3))
 
 
 def test_tars_bring_their_captions(tmp_path):
@@ -184,7 +185,7 @@ def test_tars_bring_their_captions(tmp_path):
                 member = tarfile.TarInfo(name)
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
-    items = data.find_items(config(tmp_path / "pairs.tar", target="text"))
+    items = find_items(config(tmp_path / "pairs.tar", target="text"))
     assert [item.caption for item in items] == ["text a", "text b"]
 
 

@@ -12,6 +12,7 @@ from meditok.cli import run as command
 from meditok.errors import BadInputError, CodebookMismatchError, UsageError
 from meditok.train import data
 from meditok.train.distributed import World
+from meditok.train.items import find_items
 from meditok.train.tasks.alignment import Alignment
 
 from . import stages
@@ -50,11 +51,11 @@ def test_heads_learn_from_tokens_and_captions_alone_and_leave_the_rest_as_it_is(
 def test_a_row_of_tokens_has_the_features_of_its_image(stored):
     model, tokens, pairs = stored
     config = stages.settings(data=str(tokens), init=str(model), **OPTIONS)
-    items = data.find_items(config)
+    items = find_items(config)
     task = Alignment(config, World(0, 1, torch.device("cpu")))
     core = task.modules["generator"].core.eval()
     batch = data.held_out(items, config, 7)
-    images = data.held_out(data.find_items(stages.settings(data=str(pairs), size=64)), stages.settings(size=64), 7)
+    images = data.held_out(find_items(stages.settings(data=str(pairs), size=64)), stages.settings(size=64), 7)
     place = {caption: [i for i, c in enumerate(images.captions) if c == caption] for caption in images.captions}
     assert batch.captions.count("noise number 0") == 2 and len(batch.captions) == 7
     features = core.aligned(task._pooled(batch))
@@ -74,7 +75,7 @@ def test_a_row_of_tokens_has_the_features_of_its_image(stored):
 )
 def test_what_tokens_cannot_train_is_one_line(stored, options, message):
     with pytest.raises((UsageError, BadInputError), match=message) as error:
-        data.find_items(stages.settings(data=str(stored[1]), **OPTIONS | options))
+        find_items(stages.settings(data=str(stored[1]), **OPTIONS | options))
     assert "\n" not in str(error.value)
 
 
@@ -84,4 +85,4 @@ def test_tokens_of_another_codebook_or_beside_images_are_refused(stored, tmp_pat
     with pytest.raises(CodebookMismatchError):
         stages.run(tmp_path / "out", **OPTIONS, data=str(tokens), init=str(tmp_path / "other"))
     with pytest.raises(UsageError, match="trained on alone"):
-        data.find_items(stages.settings(data=f"{pairs},{tokens}", **OPTIONS))
+        find_items(stages.settings(data=f"{pairs},{tokens}", **OPTIONS))

@@ -150,7 +150,8 @@ class Alignment:
             core.encoder.requires_grad_(False)
             core.quant_proj.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"generator": generator}
-        self.terms: tuple[str, ...] = () if config.heads_only else ("l1", "l2", "vq")
+        weighed = (name for name in ("l1", "l2", "vq") if getattr(config, name))
+        self.terms: tuple[str, ...] = () if config.heads_only else tuple(weighed)
         self.terms += ("log_l2",) if config.log_l2 else ()
         self.terms += ("ssim",) if config.ssim else ()
         self.perceptual = None
@@ -310,7 +311,7 @@ class Alignment:
             ramp = adversarial.ramp(step, config.adversarial_ramp, config.adversarial_start)
             if ramp:
                 terms["adversarial"] = ramp * config.adversarial * self._fool(r, likelihood, batch, step)
-        return terms
+        return {name: term for name, term in terms.items() if name in self.terms}
 
     def _contrastive(self, outputs: Outputs, batch: Batch) -> Tensor:
         same = None
