@@ -128,7 +128,8 @@ def test_several_blocks_of_keys(level, kind):
             continue
         tensors = [randn(1, 2, n, width, seed=i) for i, n in enumerate((queries, keys, keys, queries))]
         mask, causal = make_mask(kind, (1, 1, queries, keys), torch.float32)
-        assert_as_near_as_torch(tensors, mask, f"{queries} x {keys}", is_causal=causal)
+        one_key = causal and queries == 1  # its gradient to q is 0, which PyTorch hits on some processors by chance
+        assert_as_near_as_torch(tensors, mask, f"{queries} x {keys}", small=one_key, is_causal=causal)
 
 
 @pytest.mark.parametrize("kind", MASKS)
