@@ -132,7 +132,7 @@ __device__ __forceinline__ void forward_sm90(const AttentionParams& params, cons
             uint32_t p[4][4];
 #pragma unroll
             for (int step = 0; step < 4; ++step) pack_a<Operand>(p[step], score, step);
-            begin_products(out);
+            begin_products(out, p);
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
                 wgmma_transposed<kBfloat16>(out, p[step],

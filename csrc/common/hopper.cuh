@@ -110,6 +110,18 @@ __device__ inline void begin_products(float (&d)[8][4]) {
 #endif
 }
 
+// The same where operands come from registers, which the fence orders as well.
+template <int kSteps>
+__device__ inline void begin_products(float (&d)[8][4], uint32_t (&a)[kSteps][4]) {
+#if MEDITOK_HOPPER
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+        asm volatile("" : "+r"(a[step][0]), "+r"(a[step][1]), "+r"(a[step][2]), "+r"(a[step][3])::"memory");
+    }
+#endif
+    begin_products(d);
+}
+
 // After the last: all of them are done, d may be read and what they read may be written.
 __device__ inline void end_products(float (&d)[8][4]) {
 #if MEDITOK_HOPPER

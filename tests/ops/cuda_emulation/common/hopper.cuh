@@ -131,6 +131,9 @@ inline uint64_t box_descriptor(const void* box, int byte) {
 
 inline void begin_products(float (&)[8][4]) {}
 
+template <int kSteps>
+inline void begin_products(float (&)[8][4], uint32_t (&)[kSteps][4]) {}
+
 inline void end_products(float (&)[8][4]) {}
 
 // rows: A's row `group` of the warp and row group + 8; B K-major, or MN-major if transposed.
