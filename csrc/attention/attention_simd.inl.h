@@ -111,7 +111,7 @@ MEDITOK_INLINE double log_of(double x) {
     __builtin_memcpy(&bits, &x, sizeof(bits));
     const int64_t below = bits - 0x3fe6a09e667f3bcd;  // the bits of sqrt(1/2): m is from there to sqrt(2)
     const int64_t exponent = below >> 52;
-    bits -= exponent << 52;
+    bits -= exponent * (int64_t{1} << 52);
     double m;
     __builtin_memcpy(&m, &bits, sizeof(m));
     const double s = (m - 1.0) / (m + 1.0), z = s * s;
