@@ -229,7 +229,9 @@ void pack_integers(const Codebook& codebook, Metric metric, const PackedLayout& 
         slot[count++] = static_cast<int32_t>(code);
         if (!cosine) longest = std::max(longest, view.norm[code]);
     }
-    if (!(longest >= kInt16SmallestNorm && longest * longest <= int16_spread(width) * spread)) return;
+    // So few codes are scored whatever their band.
+    const bool useful = count <= kIntegerCandidates || longest * longest <= int16_spread(width) * spread;
+    if (!(longest >= kInt16SmallestNorm && useful)) return;
     double scale = kInt16Length;
     if (!cosine) {
         scale /= longest * std::sqrt(1.5);
